@@ -1,0 +1,242 @@
+"""The ``diffalign`` command. Every verb is a thin door to :mod:`diffalign.recipes`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from diffalign.errors import ConfigError, DiffalignError
+
+CONFIG = click.argument("config", nargs=-1, metavar="[CONFIG.yaml] [KEY=VALUE]...")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+def _split(words: tuple[str, ...]) -> tuple[str | None, list[str]]:
+    """The configuration file, if any, and the overrides."""
+    files = [w for w in words if "=" not in w]
+    if len(files) > 1:
+        raise ConfigError(f"more than one configuration: {', '.join(files)}", hint="overrides are written key=value")
+    return (files[0] if files else None), [w for w in words if "=" in w]
+
+
+def _show(result: dict[str, Any], as_json: bool, lines: list[str]) -> None:
+    click.echo(json.dumps(result, indent=2) if as_json else "\n".join(lines))
+
+
+class Group(click.Group):
+    """Turns our errors into one line and the exit status that DESIGN promises."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DiffalignError as e:
+            if ctx.params.get("debug"):
+                raise
+            click.echo(f"diffalign: {e}", err=True)
+            ctx.exit(e.exit_status)
+        except KeyboardInterrupt:
+            click.echo("diffalign: interrupted", err=True)
+            ctx.exit(130)
+        except Exception as e:
+            if type(e).__name__ == "Interrupted":  # from the loop, which is not imported here
+                click.echo(f"diffalign: {e}; go on with resume_from=latest", err=True)
+                ctx.exit(130)
+            if ctx.params.get("debug") or isinstance(e, click.exceptions.ClickException | click.exceptions.Exit):
+                raise
+            click.echo(f"diffalign: {type(e).__name__}: {' '.join(str(e).split())} (--debug shows where)", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="diffalign")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def main(debug: bool) -> None:
+    """Align text-to-image diffusion models with preferences.
+
+    \b
+    diffalign train configs/shapes-dpo.yaml
+    diffalign train configs/shapes-dpo.yaml train.learning_rate=1e-4 output_dir=runs/mine
+    """
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(name)s: %(message)s")
+    sys.path.insert(0, "")  # `pkg.mod:Class` of the working directory
+
+
+@main.command(context_settings={"ignore_unknown_options": True})
+@CONFIG
+@JSON
+def train(config: tuple[str, ...], as_json: bool) -> None:
+    """Fine-tune a model on preferences, then evaluate it and write a report."""
+    from diffalign.recipes import TrainConfig, load_config, train
+
+    loaded = load_config(TrainConfig, *_split(config))
+    run = train(loaded)
+    if not _main_process():
+        return
+    from diffalign.report import write_report
+
+    page = write_report(run.folder)
+    m = run.metrics
+    lines = [f"trained {m['steps']} steps in {m['train_seconds']} s"]
+    if "aligned" in m:
+        lines += _compared(m)
+    _show({**m, "report": str(page)}, as_json, [*lines, f"report: {page}"])
+
+
+@main.command(context_settings={"ignore_unknown_options": True})
+@click.argument("run")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@JSON
+def evaluate(run: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Measure a finished RUN again: base against trained at the same prompts and seeds.
+
+    Overrides are keys of the run's evaluate section: num_prompts=512 prompts=shapes:select scorers=[shapes,taste:size]
+    """
+    from diffalign.recipes import evaluate_run
+
+    folder, metrics = evaluate_run(run, overrides)
+    _show(metrics, as_json, [*_compared(metrics), f"written to {folder}"])
+
+
+@main.command(context_settings={"ignore_unknown_options": True})
+@CONFIG
+@JSON
+def generate(config: tuple[str, ...], as_json: bool) -> None:
+    """Make images of many prompts; a killed run goes on where it stopped."""
+    from diffalign.recipes import GenerateConfig, generate_dataset, load_config
+
+    folder, made = generate_dataset(load_config(GenerateConfig, *_split(config)))
+    _show({"folder": str(folder), "made": made}, as_json, [f"{made} images made now, in {folder}"])
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+def report(run: Path) -> None:
+    """Write report.html and the model card of a RUN again."""
+    from diffalign.report import write_report
+
+    click.echo(f"report: {write_report(run)}")
+
+
+@main.group()
+def config() -> None:
+    """Look at configurations without running them."""
+
+
+def _config_class(kind: str) -> Any:
+    from diffalign import recipes
+
+    return {"train": recipes.TrainConfig, "generate": recipes.GenerateConfig}[kind]
+
+
+KIND = click.option("--kind", type=click.Choice(["train", "generate"]), default="train", help="Which configuration.")
+
+
+@config.command("show")
+@CONFIG
+@KIND
+def config_show(config: tuple[str, ...], kind: str) -> None:
+    """Print the configuration with every default filled in."""
+    from diffalign.recipes import load_config
+    from diffalign.spec import dump
+
+    click.echo(dump(load_config(_config_class(kind), *_split(config))), nl=False)
+
+
+@config.command("validate")
+@CONFIG
+@KIND
+def config_validate(config: tuple[str, ...], kind: str) -> None:
+    """Check a configuration and report every mistake."""
+    from diffalign.recipes import load_config
+
+    load_config(_config_class(kind), *_split(config))
+    click.echo("valid")
+
+
+@config.command("schema")
+@KIND
+def config_schema(kind: str) -> None:
+    """Print the JSON Schema, for editors."""
+    click.echo(json.dumps(_config_class(kind).model_json_schema(), indent=2))
+
+
+@config.command("new")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--from", "source", default="shapes-dpo", help="Which shipped configuration to start from.")
+def config_new(path: Path, source: str) -> None:
+    """Write a new configuration file to edit."""
+    from diffalign.data.files import write_text
+    from diffalign.recipes import shipped_configs
+
+    known = shipped_configs()
+    if source not in known:
+        raise ConfigError(f"no shipped configuration {source!r}", hint=f"known: {', '.join(known)}")
+    if path.exists():
+        raise ConfigError(f"{path} exists already")
+    write_text(path, known[source].read_text())
+    click.echo(f"written: {path}")
+
+
+@config.command("diff")
+@click.argument("a")
+@click.argument("b")
+@KIND
+def config_diff(a: str, b: str, kind: str) -> None:
+    """Print the keys in which two configurations or runs differ."""
+    from diffalign.recipes import load_config
+    from diffalign.spec import differences
+
+    cls = _config_class(kind)
+    for key, x, y in differences(load_config(cls, a, []), load_config(cls, b, [])):
+        click.echo(f"{key}: {x!r} -> {y!r}")
+
+
+@main.command("list")
+@click.argument("what", type=click.Choice(["models", "objectives", "scorers", "presets"]))
+def list_(what: str) -> None:
+    """Print what is built in."""
+    from diffalign.recipes import catalogue
+
+    rows = catalogue(what)
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, text in rows:
+        click.echo(f"{name:<{width}}  {text}")
+
+
+@main.command()
+@JSON
+def env(as_json: bool) -> None:
+    """Print versions and devices, for bug reports."""
+    from diffalign.recipes import environment
+
+    found = environment()
+    lines = [f"{k}: {v}" for k, v in {**{k: v for k, v in found.items() if k != "versions"}, **found["versions"]}.items()]
+    _show(found, as_json, lines)
+
+
+def _main_process() -> bool:
+    import os
+
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _compared(m: dict[str, Any]) -> list[str]:
+    """The comparison in three lines."""
+    names = [n for n in ("exact", "score") if n in m["difference"]] or list(m["difference"])[:2]
+    lines = []
+    for n in names:
+        d = m["difference"][n]
+        lines.append(
+            f"{n}: base {m['base'][n]:.3f}, aligned {m['aligned'][n]:.3f},"
+            f" difference {d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
+        )
+    w = m["win_rate"]
+    lines.append(f"win rate: {w['value']:.3f} [{w['low']:.3f}, {w['high']:.3f}] (ties one half)")
+    if "gap_closed" in m:
+        lines.append(f"gap closed: {100 * m['gap_closed']:.1f} % of the way to the ceiling {m['ceiling']['exact']:.3f}")
+    return lines

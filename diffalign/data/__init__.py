@@ -1,0 +1,1 @@
+"""Preference data: one schema, readers, atomic resumable writers, and a cache."""

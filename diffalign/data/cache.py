@@ -1,0 +1,67 @@
+"""Tensors that are computed once: latents and text embeddings, by content and by what made them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from diffalign.data.files import atomic
+
+log = logging.getLogger(__name__)
+
+SHARD = 256
+
+
+class TensorCache:
+    """A folder of safetensors shards; an entry is a few named tensors under one content key.
+
+    A damaged shard is dropped and its entries are made again.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.entries: dict[str, dict[str, Tensor]] = {}
+        self.made = 0
+        for shard in sorted(folder.glob("*.safetensors")):
+            self._read(shard)
+
+    def _read(self, shard: Path) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            stored = load_file(shard)
+        except (SafetensorError, OSError, ValueError) as e:
+            log.warning("dropping the damaged cache shard %s (%s); its entries are made again", shard, e)
+            shard.unlink(missing_ok=True)
+            return
+        for name, tensor in stored.items():
+            key, _, part = name.partition("/")
+            self.entries.setdefault(key, {})[part] = tensor
+
+    def fill(self, keys: Sequence[str], make: Callable[[list[int]], dict[str, Tensor]], batch: int = 32) -> None:
+        """Compute the entries of ``keys`` that are missing: ``make`` gets positions in ``keys`` and returns named stacks."""
+        from safetensors.torch import save_file
+
+        missing = list({k: i for i, k in enumerate(keys) if k not in self.entries}.values())
+        for start in range(0, len(missing), SHARD):
+            rows = missing[start : start + SHARD]
+            new: dict[str, dict[str, Tensor]] = {}
+            for at in range(0, len(rows), batch):
+                some = rows[at : at + batch]
+                stacks = make(some)
+                for j, row in enumerate(some):
+                    new[keys[row]] = {part: stack[j].cpu().clone() for part, stack in stacks.items()}
+            flat = {f"{key}/{part}": tensor for key, parts in new.items() for part, tensor in parts.items()}
+            name = hashlib.sha256("".join(sorted(new)).encode()).hexdigest()[:16]
+            atomic(self.folder / f"{name}.safetensors", partial(save_file, flat))
+            self.entries |= new
+            self.made += len(rows)
+
+    def __getitem__(self, key: str) -> dict[str, Tensor]:
+        return self.entries[key]

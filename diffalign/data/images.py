@@ -1,0 +1,66 @@
+"""Bytes to pictures and pictures to tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from diffalign.errors import DataError
+
+
+def decode(source: bytes | str | Path, where: str) -> Image.Image:
+    """An RGB picture from encoded bytes or a file. CMYK, palettes and 16 bits are converted, alpha goes on white.
+
+    Raises:
+        DataError: the picture is missing, damaged or cut short; names ``where``.
+    """
+    try:
+        if not isinstance(source, bytes):
+            source = Path(source).read_bytes()
+        image = Image.open(io.BytesIO(source))
+        image.load()
+        image = ImageOps.exif_transpose(image)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as e:
+        reason = "no such file" if isinstance(e, FileNotFoundError) else f"{type(e).__name__}: {e}"
+        raise DataError(f"{where}: cannot read the image: {reason[:200]}", hint="remove the row or mend the file") from e
+    if image.mode in ("I", "I;16", "I;16B", "I;16L"):
+        image = Image.fromarray((np.asarray(image, np.float32) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return image.convert("RGB")
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """Lossless bytes, the same for the same pixels."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=False)
+    return buffer.getvalue()
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def to_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """(3, H, W) in [0, 1] at ``size`` (H, W): resized to cover it, then cut at the centre."""
+    height, width = size
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """(..., 3, H, W) in [0, 1] to uint8, rounded."""
+    return (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def to_pil(pixels: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) uint8 to pictures."""
+    return [Image.fromarray(x) for x in pixels.permute(0, 2, 3, 1).cpu().numpy()]

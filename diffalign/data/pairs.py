@@ -1,0 +1,182 @@
+"""Preference pairs from a dataset folder of ours or any table with the columns prompt, chosen, rejected."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from diffalign.data import images
+from diffalign.data.tables import read_table
+from diffalign.errors import DataError
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An encoded image and where it came from."""
+
+    source: bytes | Path
+    where: str
+
+    @property
+    def key(self) -> str:
+        """Content hash, the key of everything cached about it."""
+        return images.sha256(self.source if isinstance(self.source, bytes) else self.source.read_bytes())
+
+    def load(self) -> Image.Image:
+        return images.decode(self.source, self.where)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One preference. ``p_win`` is how likely a rater prefers ``chosen``, 0.5 to 1."""
+
+    prompt: str
+    chosen: Picture
+    rejected: Picture
+    p_win: float = 1.0
+
+
+def read_pairs(source: str | Path, limit: int | None = None) -> list[Pair]:
+    """Pairs of a dataset folder (``pairs/`` and ``images/``), a Parquet, CSV or JSONL file, or a hub dataset id.
+
+    Raises:
+        DataError: a missing file or column, a pair without a winner or with an unknown image; names the row.
+    """
+    path = Path(source)
+    if (path / "pairs").is_dir():
+        pairs = _own(path)
+    elif path.exists() or path.suffix in (".parquet", ".csv", ".jsonl"):
+        pairs = _table(_file(path), path.parent if path.is_file() else path, str(path))
+    else:
+        pairs = _table(_hub(str(source)), None, str(source))
+    out = []
+    for pair in pairs:
+        out.append(pair)
+        if limit is not None and len(out) >= limit:
+            break
+    if not out:
+        raise DataError(f"{source}: it holds no pair")
+    return out
+
+
+def split_by_prompt(pairs: Sequence[Pair], share: float, salt: str = "heldout") -> tuple[list[Pair], list[Pair]]:
+    """(training, held out): every prompt falls whole on one side, by its hash."""
+
+    def held(prompt: str) -> bool:
+        digest = hashlib.sha256(f"{salt}|{prompt}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") / 2**64 < share
+
+    return [p for p in pairs if not held(p.prompt)], [p for p in pairs if held(p.prompt)]
+
+
+def shuffled_labels(pairs: Sequence[Pair], seed: int) -> list[Pair]:
+    """A control: every pair keeps its images and loses its label, winner and loser exchanged by a fair coin."""
+
+    def flip(pair: Pair) -> bool:
+        return bool(hashlib.sha256(f"{seed}|{pair.chosen.key}|{pair.rejected.key}".encode()).digest()[0] & 1)
+
+    return [Pair(p.prompt, p.rejected, p.chosen, p.p_win) if flip(p) else p for p in pairs]
+
+
+def _own(folder: Path) -> Iterator[Pair]:
+    table = read_table(folder, "images", ["image_id", "image"])
+    pictures = {
+        i: Picture(im["bytes"] if im["bytes"] is not None else _inside(folder, im["path"]), f"{folder}/images, image {i}")
+        for i, im in zip(table["image_id"].to_pylist(), table["image"].to_pylist(), strict=True)
+    }
+    rows = read_table(folder, "pairs", ["pair_id", "prompt", "chosen_id", "rejected_id", "p_win"]).to_pylist()
+    for row in rows:
+        where = f"{folder}/pairs, pair {row['pair_id']}"
+        for side in ("chosen_id", "rejected_id"):
+            if row[side] is None:
+                raise DataError(f"{where}: it has no {side}", hint="every pair names a winner and a loser")
+            if row[side] not in pictures:
+                raise DataError(f"{where}: {side} {row[side]!r} is not in images/")
+        p_win = _p_win(row["p_win"], where)
+        if p_win > 0.5:  # a tie says nothing about order
+            yield Pair(row["prompt"], pictures[row["chosen_id"]], pictures[row["rejected_id"]], p_win)
+
+
+def _p_win(value: Any, where: str) -> float:
+    if value is None:
+        return 1.0
+    if not isinstance(value, int | float) or not 0.5 <= value <= 1:
+        raise DataError(f"{where}: p_win must lie between 0.5 and 1, got {value!r}")
+    return float(value)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A path named by data, which may not leave its folder."""
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise DataError(f"{folder}: the image path {name!r} leads out of the dataset")
+    return path
+
+
+def _table(rows: Iterator[dict[str, Any]], folder: Path | None, where: str) -> Iterator[Pair]:
+    for number, row in enumerate(rows, 1):
+        at = f"{where}, row {number}"
+        for column in ("prompt", "chosen", "rejected"):
+            if column not in row:
+                raise DataError(
+                    f"{at}: no column {column!r}; found {', '.join(map(str, row))}",
+                    hint="pairs need the columns prompt, chosen and rejected",
+                )
+            if row[column] in (None, ""):
+                raise DataError(f"{at}: {column} is empty", hint="every pair names a prompt, a winner and a loser")
+        yield Pair(
+            str(row["prompt"]),
+            Picture(_source(row["chosen"], folder, at), f"{at}, chosen"),
+            Picture(_source(row["rejected"], folder, at), f"{at}, rejected"),
+            _p_win(row.get("p_win"), at),
+        )
+
+
+def _source(value: Any, folder: Path | None, where: str) -> bytes | Path:
+    match value:
+        case bytes():
+            return value
+        case {"bytes": bytes() as data}:
+            return data
+        case str() as name if folder is not None:
+            return _inside(folder, name)
+        case {"path": str() as name} if folder is not None:
+            return _inside(folder, name)
+        case Image.Image():
+            return images.encode_png(value)
+    raise DataError(f"{where}: an image must be bytes, a path or {{bytes, path}}, got {type(value).__name__}")
+
+
+def _file(path: Path) -> Iterator[dict[str, Any]]:
+    from datasets import load_dataset
+
+    kinds = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json"}
+    if path.suffix not in kinds:
+        raise DataError(f"{path}: neither a dataset folder nor a table", hint=f"use one of {', '.join(kinds)}")
+    if not path.is_file():
+        raise DataError(f"no such file: {path}")
+    return _rows(lambda: load_dataset(kinds[path.suffix], data_files=str(path), split="train", streaming=True), str(path))
+
+
+def _hub(name: str) -> Iterator[dict[str, Any]]:
+    from datasets import load_dataset
+
+    return _rows(lambda: load_dataset(name, split="train", streaming=True), name)
+
+
+def _rows(open_dataset: Callable[[], Any], name: str) -> Iterator[dict[str, Any]]:
+    from datasets import Image as ImageFeature
+
+    try:
+        dataset = open_dataset()
+        for column, feature in (dataset.features or {}).items():
+            if isinstance(feature, ImageFeature):  # leave decoding to us: one error per bad image, not one for all
+                dataset = dataset.cast_column(column, ImageFeature(decode=False))
+        yield from dataset
+    except Exception as e:
+        raise DataError(f"{name}: cannot read the pairs: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from e

@@ -1,0 +1,534 @@
+"""From a configuration to objects: the only place that wires the packages together."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
+
+from pydantic import Field, field_validator, model_validator
+
+from diffalign.data.files import write_json, write_text
+from diffalign.data.prompts import Prompt, read_prompts
+from diffalign.errors import ConfigError, DataError
+from diffalign.hub import cache_dir, resolve
+from diffalign.models import LoRA, Model, ModelSpec, load_model
+from diffalign.objectives import OBJECTIVES, Objective, Total
+from diffalign.sampling import Item, Sampler, sample
+from diffalign.spec import Spec, dump, load, validate
+from diffalign.timesteps import TIMESTEPS, TimestepPolicy, Uniform
+from diffalign.train.state import TrainSettings, TrainState, checkpoints
+
+if TYPE_CHECKING:
+    from diffalign.data.pairs import Pair
+    from diffalign.scorers import Scorer
+    from diffalign.train.evaluate import Evaluation
+
+Objectives = OBJECTIVES.one_or_more() if not TYPE_CHECKING else tuple[Objective, ...]
+
+SHAPES_PROMPTS = re.compile(r"shapes:(train|select|test)")
+
+
+class DataSpec(Spec):
+    """The ``data`` section."""
+
+    path: str = "shapes-pairs"
+    """A dataset folder, a table with prompt, chosen and rejected, a hub dataset id, or ``shapes-pairs``."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only the first pairs."""
+    holdout: float = Field(default=0.1, ge=0, lt=1)
+    """Share of prompts kept out of training, for held-out loss and accuracy."""
+    resolution: int | None = Field(default=None, ge=8)
+    """Side in pixels; the model's own if not given."""
+    shuffle_labels: bool = False
+    """Exchange winner and loser by a coin: the control that a method must beat."""
+
+
+class EvaluateSpec(Spec):
+    """The ``evaluate`` section: what is measured after training, for the base and the trained model alike."""
+
+    enabled: bool = True
+    prompts: str = "shapes:test"
+    """A prompt file, a hub dataset id, or a split of the built-in world: shapes:test, shapes:select, shapes:train."""
+    num_prompts: int = Field(default=256, ge=1)
+    images_per_prompt: int = Field(default=2, ge=1)
+    seed: int = Field(default=1000, ge=0)
+    scorers: list[str] = Field(default=["shapes"], min_length=1)
+    """``shapes`` (the exact judge), ``taste:KIND``, ``clip:MODEL``, or a callable ``pkg.mod:obj``."""
+    sampling: Sampler = Sampler()
+    select_prompts: int = Field(default=64, ge=1)
+    """Prompts of the select split that ``train.metric_for_best: select/score`` looks at."""
+    split_salt: str = ""
+    """Another salt makes another split of the built-in world."""
+
+    @field_validator("scorers")
+    @classmethod
+    def _known(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if name != "shapes" and ":" not in name:
+                raise ValueError(f"unknown scorer {name!r}; use shapes, taste:KIND, clip:MODEL or pkg.mod:obj")
+        return names
+
+
+class TrainConfig(Spec):
+    """A training run, from model and pairs to report."""
+
+    version: Literal[1] = 1
+    model: ModelSpec = ModelSpec(path="shapes-unet", lora=LoRA())
+    data: DataSpec = DataSpec()
+    objective: Objectives  # type: ignore[valid-type]
+    """One objective ``{type: sigmoid, beta: 5000}``, or a list of such with ``weight``."""
+    timesteps: Annotated[TimestepPolicy, TIMESTEPS] = Uniform()
+    train: TrainSettings = TrainSettings()
+    evaluate: EvaluateSpec = EvaluateSpec()
+    output_dir: str
+    resume_from: str | None = None
+    """``latest`` (there must be a checkpoint), ``auto`` (go on if there is one) or a checkpoint folder."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        s = self.train
+        if s.metric_for_best.startswith("heldout/") and self.data.holdout == 0 and (s.early_stopping_patience or s.load_best):
+            raise ValueError(f"train.metric_for_best is {s.metric_for_best}, but data.holdout is 0: set data.holdout above 0")
+        if s.early_stopping_patience and not s.eval_steps:
+            raise ValueError("train.early_stopping_patience needs train.eval_steps above 0")
+        if s.load_best and not s.eval_steps:
+            raise ValueError("train.load_best needs train.eval_steps above 0")
+        if s.metric_for_best == "select/score" and not self.evaluate.prompts.startswith("shapes:"):
+            raise ValueError("train.metric_for_best: select/score needs evaluate.prompts of the built-in world (shapes:...)")
+        return self
+
+
+class GenerateConfig(Spec):
+    """Images of many prompts, written as the images table of a dataset folder."""
+
+    version: Literal[1] = 1
+    model: ModelSpec = ModelSpec(path="shapes-unet")
+    prompts: str = "shapes:train"
+    num_prompts: int | None = Field(default=None, ge=1)
+    negative_prompt: str | None = None
+    """For prompts that bring none of their own."""
+    images_per_prompt: int = Field(default=1, ge=1)
+    seed: int = Field(default=0, ge=0)
+    sampling: Sampler = Sampler()
+    shard_size: int = Field(default=512, ge=1)
+    """Images per Parquet shard; a killed run goes on at the first missing shard."""
+    split_salt: str = ""
+    licence: str | None = None
+    """Written to every row."""
+    output_dir: str
+
+
+# --- pieces ---------------------------------------------------------------------------------------------------------
+
+
+def prompts_of(source: str, limit: int | None, seed: int = 0, salt: str = "", negative: str | None = None) -> list[Prompt]:
+    """Prompts of a file, a hub dataset, or a split of the built-in world (``limit`` of them, 256 if None)."""
+    if match := SHAPES_PROMPTS.fullmatch(source):
+        from diffalign.shapes.scene import sample_prompts
+
+        found = [Prompt(text) for text in sample_prompts(limit or 256, match[1], seed, salt)]  # type: ignore[arg-type]
+    else:
+        found = read_prompts(source, limit)
+    return [Prompt(p.text, p.negative or negative) for p in found]
+
+
+class ShapesScorer:
+    """The exact judge as a scorer: exact, score (the share of facts that hold), cleanliness, and each kind of fact."""
+
+    name = "shapes"
+    kinds = ("colour", "shape", "count", "background")
+
+    def __call__(self, batch: Any) -> Any:
+        import torch
+
+        from diffalign.scorers import ScoreBatch
+        from diffalign.shapes.judge import judge
+
+        verdicts = judge(batch.images, batch.prompts)
+        values = {
+            "score": [v.score for v in verdicts],
+            "exact": [float(v.exact) for v in verdicts],
+            "cleanliness": [v.cleanliness for v in verdicts],
+        }
+        for kind in self.kinds:
+            held = [[ok for fact, ok in v.facts.items() if fact.startswith(kind)] for v in verdicts]
+            values[kind] = [sum(h) / len(h) for h in held]
+        return ScoreBatch({k: torch.tensor(v) for k, v in values.items()})
+
+
+def make_scorers(names: Sequence[str]) -> list[Scorer]:
+    """Scorers by name; see :attr:`EvaluateSpec.scorers`."""
+    from diffalign.scorers import Callback, import_scorer
+
+    out: list[Scorer] = []
+    for name in names:
+        kind, _, rest = name.partition(":")
+        if name == "shapes":
+            out.append(ShapesScorer())
+        elif kind == "taste":
+            from diffalign.shapes.taste import Taste
+
+            taste = Taste(rest)  # type: ignore[arg-type]
+            out.append(Callback(taste, taste.name))
+        elif kind == "clip":
+            from diffalign.scorers.clip import CLIPScore
+
+            out.append(CLIPScore(resolve(rest)))
+        else:
+            out.append(import_scorer(name))
+    return out
+
+
+def build_model(spec: ModelSpec) -> Model:
+    """Load a model by any kind of path. A LoRA's own path is resolved too."""
+    if spec.lora is not None and spec.lora.path is not None:
+        spec = spec.model_copy(update={"lora": spec.lora.model_copy(update={"path": str(resolve(spec.lora.path))})})
+    return load_model(resolve(spec.path, spec.revision), spec)
+
+
+def build_pairs(spec: DataSpec, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """(training pairs, held-out pairs)."""
+    from diffalign.data.pairs import read_pairs, shuffled_labels, split_by_prompt
+    from diffalign.shapes.assets import ASSETS
+
+    source = str(resolve(spec.path)) if spec.path in ASSETS else spec.path
+    training, held = split_by_prompt(read_pairs(source, spec.limit), spec.holdout)
+    if not training:
+        raise DataError(f"{spec.path}: no pair is left for training", hint="lower data.holdout or raise data.limit")
+    return (shuffled_labels(training, seed) if spec.shuffle_labels else training), held
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for env.json."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    versions = {}
+    for name in ("diffalign", "torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "numpy"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "device": torch.cuda.get_device_name() if cuda else "mps" if torch.backends.mps.is_available() else "cpu",
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+    }
+
+
+def make_accelerator(precision: str = "no", report_to: Sequence[str] = (), project: Path | None = None) -> Any:
+    """The process group, device and precision, from the environment that accelerate or torchrun set up."""
+    import torch
+    from accelerate import Accelerator
+
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("train.mixed_precision: fp16 needs a CUDA device", hint="use bf16 or no on this machine")
+    return Accelerator(mixed_precision=precision, log_with=list(report_to) or None, project_dir=project)
+
+
+# --- train ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished run left."""
+
+    folder: Path
+    metrics: dict[str, Any]
+
+
+def resume_point(config: TrainConfig) -> Path | None:
+    """The checkpoint to go on from; refuses a folder that already holds a run."""
+    folder, wanted = Path(config.output_dir), config.resume_from
+    found = checkpoints(folder)
+    if wanted in ("latest", "auto"):
+        if not found and wanted == "latest":
+            raise ConfigError(f"resume_from: {folder} holds no checkpoint", hint="use resume_from=auto, or leave it out")
+        return found[-1] if found else None
+    if wanted is not None:
+        if not (Path(wanted) / "state.json").exists():
+            raise ConfigError(f"resume_from: {wanted} is not a checkpoint")
+        return Path(wanted)
+    if found or (folder / "metrics.jsonl").exists():
+        raise ConfigError(
+            f"output_dir: {folder} already holds a run", hint="resume_from=latest goes on with it; or choose another folder"
+        )
+    return None
+
+
+def train(config: TrainConfig) -> Run:
+    """The whole of ``diffalign train``: fit, export, evaluate. Every process of a launch calls it."""
+    import torch
+    from accelerate.utils import set_seed
+
+    from diffalign.train.evaluate import evaluate, heldout_pairs
+    from diffalign.train.feeds import OfflinePairs
+    from diffalign.train.loop import fit
+    from diffalign.train.tracking import Tracker
+
+    folder, s = Path(config.output_dir), config.train
+    checkpoint = resume_point(config)
+    objective = Total(config.objective)
+    accelerator = make_accelerator(s.mixed_precision, s.report_to, folder)
+    main = accelerator.is_main_process
+    resolved = dump(config)
+    if main:
+        write_text(folder / "config.resolved.yaml", resolved)
+        write_json(folder / "env.json", environment())
+    set_seed(s.seed)
+    model = build_model(config.model).to(accelerator.device)
+    training, held = build_pairs(config.data, s.seed)
+    scorers = make_scorers(config.evaluate.scorers)
+    size = (config.data.resolution,) * 2 if config.data.resolution else model.resolution
+    shared: dict[str, Any] = {"size": size, "batch_size": s.per_device_train_batch_size, "seed": s.seed}
+    feed_of = lambda pairs, **more: OfflinePairs(model, pairs, config.timesteps, cache_dir(), **shared, **more)  # noqa: E731
+    with accelerator.main_process_first():  # the first fills the cache, the others read it
+        feed = feed_of(
+            training,
+            accumulation=s.gradient_accumulation_steps,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            caption_dropout=s.caption_dropout,
+        )
+        held_feed = feed_of(held) if held else None
+
+    state = TrainState(model, accelerator, s)
+    if checkpoint is not None:
+        state.load(checkpoint)
+    tracker = Tracker(folder, accelerator, s.max_steps, s.report_to, config.model_dump(mode="json"))
+
+    def heldout() -> dict[str, float]:
+        values: dict[str, float] = {}
+        with unwrapped(state), final_weights(model, "ema" if s.ema_decay else None):
+            if held_feed is not None:
+                values |= heldout_pairs(model, held_feed, objective)
+            if s.metric_for_best == "select/score":
+                e = config.evaluate
+                some = prompts_of("shapes:select", e.select_prompts, 0, e.split_salt)
+                result = evaluate(model, some, scorers, e.sampling, per_prompt=e.images_per_prompt, seed=e.seed)
+                values["select/score"] = result.score.mean().item()
+        return values
+
+    began = time.monotonic()
+    fit(state, feed, objective, tracker, heldout, lambda: state.save(folder, resolved))
+    train_seconds = time.monotonic() - began
+    metrics: dict[str, Any] = {"steps": state.step, "denoiser_passes": state.cost, "train_seconds": round(train_seconds, 1)}
+    if main:
+        with unwrapped(state), final_weights(model, state.final_weights):
+            model.export(folder)
+            if model.truncated_prompts:
+                metrics["truncated_prompts"] = model.truncated_prompts
+            if config.evaluate.enabled:
+                metrics |= measure(model, config.evaluate, scorers, folder)
+        write_json(folder / "metrics.json", metrics)
+    accelerator.wait_for_everyone()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return Run(folder, metrics)
+
+
+@contextmanager
+def unwrapped(state: TrainState) -> Iterator[None]:
+    """The bare network in place of the distributed one, whose forward pass would wait for the other processes."""
+    model = state.model
+    wrapped, model.net = model.net, model.named_weights.net
+    try:
+        yield
+    finally:
+        model.net = wrapped
+
+
+def final_weights(model: Model, name: str | None) -> Any:
+    """Run with a snapshot, or with the weights as they are."""
+    return nullcontext() if name is None else model.weights(name)
+
+
+# --- evaluate -------------------------------------------------------------------------------------------------------
+
+
+def measure(model: Model, spec: EvaluateSpec, scorers: Sequence[Scorer], folder: Path) -> dict[str, Any]:
+    """Base against trained on the same prompts and seeds; writes ``samples/`` and returns the comparison."""
+    from tqdm import tqdm
+
+    from diffalign.train.evaluate import compare, evaluate
+
+    prompts = prompts_of(spec.prompts, spec.num_prompts, spec.seed, spec.split_salt)
+    total = 2 * len(prompts) * spec.images_per_prompt
+    began = time.monotonic()
+    with tqdm(total=total, desc="evaluate", unit="image", dynamic_ncols=True) as bar:
+        kwargs: dict[str, Any] = {"per_prompt": spec.images_per_prompt, "seed": spec.seed, "on_batch": bar.update}
+        with model.weights("reference"):
+            base = evaluate(model, prompts, scorers, spec.sampling, **kwargs)
+        aligned = evaluate(model, prompts, scorers, spec.sampling, **kwargs)
+    out = compare(base, aligned, ceiling(model, base, scorers) if spec.prompts.startswith("shapes:") else None)
+    out["evaluate_seconds"] = round(time.monotonic() - began, 1)
+    write_samples(folder / "samples", base, aligned)
+    return out
+
+
+def ceiling(model: Model, like: Evaluation, scorers: Sequence[Scorer]) -> Evaluation:
+    """Perfect drawings of the same prompts, through the model's own autoencoder: the best that its latents allow."""
+    import numpy as np
+    import torch
+
+    from diffalign.data.images import to_uint8
+    from diffalign.shapes.render import draw
+    from diffalign.shapes.scene import parse_caption
+    from diffalign.train.evaluate import Evaluation, score_images
+
+    per_prompt = like.images.shape[1]
+    scenes = [parse_caption(p) for p in like.prompts for _ in range(per_prompt)]
+    pixels = torch.from_numpy(draw(scenes, np.random.default_rng(0))).permute(0, 3, 1, 2).float() / 255
+    parts = [to_uint8(model.decode(model.encode_images(p))).cpu() for p in pixels.split(128)]
+    images = torch.cat(parts).view(len(like.prompts), per_prompt, *parts[0].shape[1:])
+    return Evaluation(like.prompts, score_images(scorers, like.prompts, images), images)
+
+
+def write_samples(folder: Path, base: Evaluation, aligned: Evaluation, limit: int = 32) -> None:
+    """The first prompts' images before and after, with each image's values, for people and for the report."""
+    from diffalign.data.images import to_pil
+
+    rows = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, prompt in enumerate(base.prompts[:limit]):
+        row: dict[str, Any] = {"prompt": prompt}
+        for name, e in (("base", base), ("aligned", aligned)):
+            file = f"{i:03d}-{name}.png"
+            to_pil(e.images[i, :1])[0].save(folder / file)
+            row[name] = {"file": file, "values": {k: round(v[i, 0].item(), 4) for k, v in e.values.items()}}
+        rows.append(row)
+    facts = [{k: v.tolist() for k, v in e.values.items()} for e in (base, aligned)]
+    write_json(folder / "samples.json", rows)
+    write_json(folder / "values.json", {"prompts": list(base.prompts), "base": facts[0], "aligned": facts[1]})
+
+
+def evaluate_run(target: str, overrides: Sequence[str]) -> tuple[Path, dict[str, Any]]:
+    """``diffalign evaluate``: measure a finished run again, with overrides of its ``evaluate`` section."""
+    folder = Path(target)
+    if not (folder / "config.resolved.yaml").is_file():
+        raise ConfigError(f"{target} is not a run: it has no config.resolved.yaml", hint="give the output_dir of a run")
+    config = load(TrainConfig, folder / "config.resolved.yaml", [f"evaluate.{o}" for o in overrides])
+    name = "-".join(re.sub(r"[^\w.]+", "_", o) for o in overrides)[:100] or "again"
+    model = build_model(config.model)
+    model.restore(folder)
+    out = folder / "evaluations" / name
+    metrics = measure(model, config.evaluate, make_scorers(config.evaluate.scorers), out)
+    write_json(out / "metrics.json", metrics)
+    return out, metrics
+
+
+# --- generate -------------------------------------------------------------------------------------------------------
+
+
+def generate_dataset(config: GenerateConfig) -> tuple[Path, int]:
+    """The whole of ``diffalign generate``; returns the folder and how many images were made now."""
+    from tqdm import tqdm
+
+    from diffalign.data.images import encode_png, sha256, to_pil
+    from diffalign.data.tables import run_shards
+
+    folder = Path(config.output_dir)
+    prompts = prompts_of(config.prompts, config.num_prompts, config.seed, config.split_salt, config.negative_prompt)
+    items = [Item(p, k) for p in prompts for k in range(config.images_per_prompt)]
+    shards = -(-len(items) // config.shard_size)
+    model = build_model(config.model)
+    env = environment()["versions"]
+    plan = {k: v for k, v in config.model_dump(mode="json").items() if k != "output_dir"}
+    plan["prompts_hash"] = sha256(json.dumps([p.id for p in prompts]).encode())
+    shared = {
+        "seed": config.seed,
+        "model": config.model.path,
+        "revision": config.model.revision,
+        "adapter": config.model.lora.path if config.model.lora else None,
+        "sampler": type(model.scheduler).__name__,
+        "num_inference_steps": config.sampling.num_inference_steps,
+        "guidance_scale": config.sampling.guidance_scale,
+        "versions": json.dumps(env),
+        "licence": config.licence,
+    }
+    made = 0
+    with tqdm(total=len(items), desc="generate", unit="image", dynamic_ncols=True) as bar:
+
+        def shard(n: int) -> list[dict[str, Any]]:
+            nonlocal made
+            mine = items[n * config.shard_size : (n + 1) * config.shard_size]
+            bar.update(n * config.shard_size - bar.n) if bar.n < n * config.shard_size else None
+            rows = []
+            for start in range(0, len(mine), config.sampling.batch_size):
+                batch = mine[start : start + config.sampling.batch_size]
+                for item, image in zip(batch, to_pil(sample(model, batch, config.sampling, config.seed)), strict=True):
+                    data = encode_png(image)
+                    rows.append({
+                        **shared,
+                        "image_id": f"{item.prompt.id}-{config.seed}-{item.k}",
+                        "sha256": sha256(data),
+                        "prompt_id": item.prompt.id,
+                        "prompt": item.prompt.text,
+                        "negative_prompt": item.prompt.negative,
+                        "image": {"bytes": data, "path": None},
+                        "k": item.k,
+                        "width": image.width,
+                        "height": image.height,
+                    })  # fmt: skip
+                bar.update(len(batch))
+                made += len(batch)
+            return rows
+
+        run_shards(folder, "images", plan, shards, shard)
+    return folder, made
+
+
+def load_config(cls: type[Any], first: str | None, overrides: Sequence[str]) -> Any:
+    """A config file with overrides, a run directory's resolved config, or overrides alone."""
+    from diffalign.spec import with_overrides
+
+    if first is None:
+        return validate(cls, with_overrides({}, overrides), "command line")
+    path = Path(first)
+    if path.is_dir():
+        path = path / "config.resolved.yaml"
+    return load(cls, path, overrides)
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Worked examples and presets by name, of an installed wheel or a checkout."""
+    package = Path(__file__).resolve().parent
+    for root in (package / "configs", package.parent / "configs"):
+        if root.is_dir():
+            return {str(p.relative_to(root).with_suffix("")): p for p in sorted(root.rglob("*.yaml"))}
+    return {}
+
+
+def catalogue(what: str) -> list[tuple[str, str]]:
+    """(name, one line) of everything built in of one kind."""
+    from diffalign.models import FAMILIES
+    from diffalign.shapes.taste import Kind
+
+    first = lambda cls: (cls.__doc__ or "").strip().splitlines()[0]  # noqa: E731
+    match what:
+        case "models":
+            return [(f"{name}", path) for name, path in FAMILIES.items()]
+        case "objectives":
+            rows = [(name, f"{first(cls)} ({cls.paper})") for name, cls in OBJECTIVES.options.items()]  # type: ignore[attr-defined]
+            return rows + [(alias, f"alias of {name}") for alias, name in OBJECTIVES.aliases.items()]
+        case "scorers":
+            tastes = [(f"taste:{k}", "a taste of the built-in world") for k in get_args(Kind)]
+            other = [("clip:MODEL", "cosine similarity under a CLIP model"), ("pkg.mod:obj", "any callable f(images, prompts)")]
+            return [("shapes", "the exact judge of the built-in world"), *tastes, *other]
+        case "presets":
+            heads = {n: p.read_text().splitlines()[0].removeprefix("# ") for n, p in shipped_configs().items()}
+            return list(heads.items())
+    raise ConfigError(f"nothing is listed as {what!r}")

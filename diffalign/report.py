@@ -1,0 +1,155 @@
+"""report.html: one file that opens from disk, and README.md, the model card."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffalign.data.files import write_text
+from diffalign.errors import DataError
+from diffalign.train.tracking import read_metrics
+
+CURVES: list[tuple[str, str, dict[str, str]]] = [
+    ("Loss", "loss", {"loss": "training", "heldout/loss": "held-out"}),
+    ("Implicit accuracy", "share of pairs", {"accuracy": "training", "heldout/accuracy": "held-out"}),
+    ("Drift from the reference", "error, policy - reference", {
+        "drift/winner": "winner", "drift/loser": "loser",
+        "heldout/drift/winner": "winner, held-out", "heldout/drift/loser": "loser, held-out",
+    }),
+    ("Margin by timestep quarter", "error", {
+        "margin/q1": "least noise", "margin/q2": "second", "margin/q3": "third", "margin/q4": "most noise",
+    }),
+    ("Gradient norm", "before clipping", {"grad_norm": "gradient"}),
+    ("Speed", "images/s", {"images_per_second": "images/s"}),
+]  # fmt: skip
+
+
+def write_report(folder: Path) -> Path:
+    """Write ``report.html`` and ``README.md`` of a run from what it left on disk.
+
+    Raises:
+        DataError: the folder holds no finished run.
+    """
+    import yaml
+    from jinja2 import Environment, PackageLoader, select_autoescape
+
+    if not (folder / "metrics.json").is_file():
+        raise DataError(f"{folder}: no metrics.json", hint="the run has not finished; resume it with resume_from=latest")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    config_text = (folder / "config.resolved.yaml").read_text()
+    config = yaml.safe_load(config_text)
+    env = json.loads((folder / "env.json").read_text())
+    objective = config["objective"] if isinstance(config["objective"], list) else [config["objective"]]
+    rows = _table(metrics)
+    context: dict[str, Any] = {
+        "name": folder.resolve().name,
+        "metrics": metrics,
+        "rows": rows,
+        "matrix": _win_matrix(folder),
+        "curves": [c for c in (_curve(folder, *spec) for spec in CURVES) if c],
+        "samples": _samples(folder),
+        "config": config,
+        "config_text": config_text,
+        "env": env,
+        "method": " + ".join(o["type"] for o in objective),
+        "papers": _papers([o["type"] for o in objective]),
+        "command": f"diffalign train {folder}/config.resolved.yaml output_dir=OTHER",
+    }
+    pages = Environment(loader=PackageLoader("diffalign"), autoescape=select_autoescape(["html.j2", "html"]), trim_blocks=True)
+    write_text(folder / "README.md", pages.get_template("card.md.j2").render(context))
+    return write_text(folder / "report.html", pages.get_template("report.html.j2").render(context))
+
+
+def _papers(types: Sequence[str]) -> list[str]:
+    from diffalign.objectives import OBJECTIVES
+
+    found = [OBJECTIVES.options[t].paper for t in types if t in OBJECTIVES.options]  # type: ignore[attr-defined]
+    return [p for p in dict.fromkeys(found) if p]
+
+
+def _table(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row per measured value: base, trained, and their paired difference."""
+    if "aligned" not in metrics:
+        return []
+    out = []
+    for name, d in metrics["difference"].items():
+        sure = d["low"] > 0 or d["high"] < 0
+        out.append({
+            "name": name.replace("_", " "),
+            "base": metrics["base"][name], "base_se": metrics["base"][f"{name}_se"],
+            "aligned": metrics["aligned"][name], "aligned_se": metrics["aligned"][f"{name}_se"],
+            "ceiling": metrics.get("ceiling", {}).get(name),
+            **d, "sign": ("up" if d["value"] > 0 else "down") if sure else "open",
+        })  # fmt: skip
+    return out
+
+
+def _win_matrix(folder: Path) -> list[dict[str, Any]]:
+    """Wins, ties and losses of the trained model per value."""
+    path = folder / "samples" / "values.json"
+    if not path.is_file():
+        return []
+    import torch
+
+    from diffalign import stats
+
+    stored = json.loads(path.read_text())
+    out = []
+    for name, aligned in stored["aligned"].items():
+        a, b = torch.tensor(aligned), torch.tensor(stored["base"][name])
+        win = stats.win_rate(a, b)
+        shares = [(a > b).float().mean().item(), (a == b).float().mean().item(), (a < b).float().mean().item()]
+        out.append({"name": name.replace("_", " "), "win": shares[0], "tie": shares[1], "loss": shares[2], **vars(win)})
+    return out
+
+
+def _samples(folder: Path, limit: int = 24) -> list[dict[str, Any]]:
+    """Prompts with both images inlined; the ones that changed most come first, whichever way."""
+    path = folder / "samples" / "samples.json"
+    if not path.is_file():
+        return []
+    rows = json.loads(path.read_text())[:limit]
+    for row in rows:
+        for side in ("base", "aligned"):
+            data = (folder / "samples" / Path(row[side]["file"]).name).read_bytes()
+            row[side]["uri"] = "data:image/png;base64," + base64.b64encode(data).decode()
+            values = row[side]["values"]
+            row[side]["ok"] = values.get("exact") == 1.0
+            row[side]["caption"] = ", ".join(f"{k} {v:g}" for k, v in values.items())
+    return rows
+
+
+def _curve(folder: Path, title: str, unit: str, names: dict[str, str]) -> str | None:
+    """One chart as inline SVG; None where nothing was logged."""
+    lines = read_metrics(folder)
+    series = {label: [(x["step"], x[key]) for x in lines if key in x] for key, label in names.items()}
+    series = {k: v for k, v in series.items() if v}
+    if not series:
+        return None
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "diffalign", "font.family": "sans-serif"}):
+        figure = Figure(figsize=(4.6, 2.7), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        for label, points in series.items():
+            steps, values = zip(*points, strict=True)
+            dashed = "held-out" in label
+            axes.plot(steps, values, label=label, lw=1.5, ls="--" if dashed else "-", marker="o" if len(points) < 8 else None, ms=3)
+        axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+        axes.set_xlabel("step")
+        axes.set_ylabel(unit)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(series) > 1 or "held-out" in next(iter(series)):
+            axes.legend(frameon=False, fontsize=8)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)

@@ -1,0 +1,7 @@
+"""Reward models over images and prompts."""
+
+from __future__ import annotations
+
+from diffalign.scorers.base import Callback, ScoreBatch, Scorer, ScoreInput, import_scorer
+
+__all__ = ["Callback", "ScoreBatch", "ScoreInput", "Scorer", "import_scorer"]

@@ -1,0 +1,137 @@
+"""The shipped models' architectures: tiny, but made of the stock classes that the large ones are made of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffalign.shapes.scene import BACKGROUNDS, COLOURS, RELATIONS, SHAPES
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+MAX_TOKENS = 20
+LATENT_CHANNELS = 8
+_GLUE = ("a", "on", "is", "to", "the", "picture", "background", ",")
+
+
+def words() -> list[str]:
+    """Every word of every caption."""
+    relation_words = {w for rel in RELATIONS for w in rel.split()}
+    return sorted({*_GLUE, *COLOURS, *BACKGROUNDS, *SHAPES, *relation_words})
+
+
+def _byte_symbols() -> list[str]:
+    """The 256 printable stand-ins of byte-level BPE (Radford et al. 2019), so that any text has tokens."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = iter(range(256, 512))
+    return [chr(b) if b in plain else chr(next(rest)) for b in range(256)]
+
+
+def tokenizer(folder: str | Path) -> CLIPTokenizer:
+    """A CLIP tokenizer in which every word of the world is one token; other text falls back to bytes."""
+    from transformers import CLIPTokenizer
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    symbols = _byte_symbols()
+    merges: dict[tuple[str, str], str] = {}
+    for word in words():
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:  # left to right, so that shared beginnings share merges
+            merges[parts[0], parts[1]] = parts[0] + parts[1]
+            parts = [parts[0] + parts[1], *parts[2:]]
+    tokens = [*symbols, *(s + "</w>" for s in symbols), *merges.values(), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {t: i for i, t in enumerate(dict.fromkeys(tokens))}
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in merges)]) + "\n")
+    return CLIPTokenizer(
+        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=MAX_TOKENS
+    )
+
+
+def vae(channels: tuple[int, ...] = (32, 48, 64)) -> AutoencoderKL:
+    """32 x 32 pixels to 8 x 8 x 8 latents."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        block_out_channels=channels,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        sample_size=32,
+        mid_block_add_attention=False,
+        scaling_factor=1.0,
+    )
+
+
+def text_encoder(vocab_size: int, hidden: int = 128, layers: int = 3) -> CLIPTextModel:
+    """A CLIP text transformer over 20 tokens."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS,
+        projection_dim=hidden,
+        bos_token_id=vocab_size - 2,
+        eos_token_id=vocab_size - 1,
+        pad_token_id=vocab_size - 1,
+    )
+    return CLIPTextModel(config)
+
+
+def unet(channels: tuple[int, ...] = (64, 128), text_dim: int = 128, layers: int = 1) -> UNet2DConditionModel:
+    """An epsilon-prediction UNet over 8 x 8 latents with cross-attention at both resolutions."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        down_block_types=("CrossAttnDownBlock2D",) * len(channels),
+        up_block_types=("CrossAttnUpBlock2D",) * len(channels),
+        block_out_channels=channels,
+        layers_per_block=layers,
+        cross_attention_dim=text_dim,
+        attention_head_dim=4,  # by the library's naming: the number of heads
+        norm_num_groups=16,
+    )
+
+
+def scheduler(**overrides: Any) -> Any:
+    """The noise schedule of Stable Diffusion 1.x, sampled with DDIM."""
+    from diffusers import DDIMScheduler
+
+    settings: dict[str, Any] = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "timestep_spacing": "trailing",
+    }
+    return DDIMScheduler(**(settings | overrides))
+
+
+def pipeline(unet: Any, vae: Any, text_encoder: Any, tokenizer: Any, **scheduler_overrides: Any) -> StableDiffusionPipeline:
+    """Assemble a stock pipeline."""
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler(**scheduler_overrides),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )

@@ -1,0 +1,93 @@
+"""The one training loop. Offline pairs and online rollouts are two feeds into it."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+
+from diffalign.objectives import Total, pair_metrics
+from diffalign.train.feeds import Feed
+from diffalign.train.state import TrainState
+from diffalign.train.tracking import Tracker
+
+Heldout = Callable[[], dict[str, float]]
+
+
+class Interrupted(Exception):
+    """A signal asked to stop; the state is saved."""
+
+
+def fit(
+    state: TrainState, feed: Feed, objective: Total, tracker: Tracker, heldout: Heldout, save: Callable[[], object]
+) -> None:
+    """Train to ``max_steps``, early stop or a signal. ``heldout`` measures, ``save`` checkpoints."""
+    s, acc, model = state.settings, state.accelerator, state.model
+    saved = time.monotonic()
+    tracker.begin(state.step)
+    with _signals() as asked:
+        while state.step < s.max_steps and not (s.early_stopping_patience and state.since_best >= s.early_stopping_patience):
+            model.net.train()
+            batches = list(feed.batches(state.step))
+            for i, batch in enumerate(batches):
+                with contextlib.nullcontext() if i == len(batches) - 1 else acc.no_sync(model.net):
+                    with acc.autocast():
+                        terms = feed.terms(model, batch, objective.needs)
+                    out = objective(terms, state.objective)
+                    loss = out.loss if terms.weight is None else out.loss * terms.weight
+                    acc.backward(loss.mean() / len(batches))
+                state.objective = out.state
+                state.cost += terms.cost * acc.num_processes
+                tracker.add({"loss": loss.detach(), **pair_metrics(terms), **out.metrics}, terms.images)
+            measured = state.update()
+            tracker.advance()
+            if state.step % s.logging_steps == 0 or state.step == s.max_steps:
+                tracker.flush(state.step, measured)
+            if state.step == s.max_steps or (s.eval_steps and state.step % s.eval_steps == 0):
+                values = heldout()
+                tracker.write(state.step, values)
+                if s.metric_for_best in values:
+                    state.improved(s.metric_for_best, values[s.metric_for_best])
+            stop = _any_process(acc, bool(asked))
+            minutes = (time.monotonic() - saved) / 60
+            timed = _any_process(acc, s.save_every_minutes > 0 and minutes >= s.save_every_minutes)
+            if stop or timed or state.step == s.max_steps or (s.save_steps and state.step % s.save_steps == 0):
+                save()
+                saved = time.monotonic()
+            if stop:
+                tracker.close()
+                raise Interrupted(f"stopped by {asked[0] if asked else 'a signal'} after step {state.step}")
+    tracker.close()
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[str]]:
+    """Collect SIGINT, SIGTERM and SIGUSR1 instead of dying of them; a second one is not caught."""
+    asked: list[str] = []
+    names = [n for n in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, n)]
+    old: dict[str, Any] = {}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.append(signal.Signals(number).name)
+        signal.signal(number, old[asked[-1]])
+
+    with contextlib.suppress(ValueError):  # not the main thread: leave signals alone
+        for n in names:
+            old[n] = signal.signal(getattr(signal, n), note)
+    try:
+        yield asked
+    finally:
+        for n, handler in old.items():
+            signal.signal(getattr(signal, n), handler)
+
+
+def _any_process(acc: Any, flag: bool) -> bool:
+    """Whether any process raised the flag: all must take the same branch."""
+    if acc.num_processes == 1:
+        return flag
+    return bool(acc.reduce(torch.tensor(float(flag), device=acc.device), reduction="sum").item() > 0)

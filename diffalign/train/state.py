@@ -1,0 +1,262 @@
+"""Everything that changes while training, how it is saved, and how it comes back bit for bit."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from diffalign.data.files import write_json
+from diffalign.errors import ConfigError, DiffalignError, ModelError
+from diffalign.models import Model
+from diffalign.spec import Spec
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+class TrainSettings(Spec):
+    """The ``train`` section."""
+
+    learning_rate: float = Field(default=1e-4, gt=0)
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(default=0, ge=0)
+    max_steps: int = Field(default=400, ge=1)
+    """Optimizer steps."""
+    per_device_train_batch_size: int = Field(default=32, ge=1)
+    """Pairs per process and forward pass."""
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
+    """Above 0, an exponential average of the weights is kept, evaluated and exported."""
+    caption_dropout: float = Field(default=0.0, ge=0, le=1)
+    """Share of pairs trained without their caption, one decision per pair."""
+    seed: int = Field(default=0, ge=0)
+    logging_steps: int = Field(default=10, ge=1)
+    eval_steps: int = Field(default=100, ge=0)
+    """Held-out pair loss and accuracy every this many steps; 0 only at the end."""
+    early_stopping_patience: int = Field(default=0, ge=0)
+    """Stop after this many evaluations without a better held-out value; 0 never."""
+    metric_for_best: Literal["heldout/loss", "heldout/accuracy", "select/score"] = "heldout/loss"
+    """Decides which checkpoint is the best; select/score makes images from ``evaluate.select_prompts`` prompts."""
+    load_best: bool = False
+    """Export the best weights instead of the last."""
+    save_steps: int = Field(default=0, ge=0)
+    """A checkpoint every this many steps; 0 only on a signal and at the end."""
+    save_every_minutes: float = Field(default=15.0, ge=0)
+    save_total_limit: int = Field(default=2, ge=1)
+    """Older checkpoints are removed."""
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
+
+
+def make_optimizer(parameters: list[torch.nn.Parameter], s: TrainSettings) -> torch.optim.Optimizer:
+    """AdamW, in 8 bits where bitsandbytes is present and asked for."""
+    kwargs: dict[str, Any] = {
+        "lr": s.learning_rate,
+        "betas": (s.adam_beta1, s.adam_beta2),
+        "eps": s.adam_epsilon,
+        "weight_decay": s.weight_decay,
+    }
+    if s.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **kwargs)
+    try:
+        import bitsandbytes as bnb
+    except ImportError as e:
+        raise ConfigError("train.optimizer: adamw_8bit needs bitsandbytes", hint="pip install bitsandbytes, or adamw") from e
+    optimizer: torch.optim.Optimizer = bnb.optim.AdamW8bit(parameters, **kwargs)
+    return optimizer
+
+
+def learning_rate_factor(s: TrainSettings, step: int) -> float:
+    """The schedule as a function of the step, so that it has no state."""
+    warm = min(1.0, (step + 1) / s.warmup_steps) if s.warmup_steps else 1.0
+    done = min(1.0, max(0, step - s.warmup_steps) / max(1, s.max_steps - s.warmup_steps))
+    match s.lr_scheduler:
+        case "constant":
+            return warm
+        case "linear":
+            return warm * (1 - done)
+        case "cosine":
+            return warm * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class TrainState:
+    """Model, optimizer and counters of one run. Every process holds one; ``accelerator`` knows which it is."""
+
+    def __init__(self, model: Model, accelerator: Any, settings: TrainSettings) -> None:
+        self.model, self.accelerator, self.settings = model, accelerator, settings
+        self.parameters = model.named_weights.trainable()
+        optimizer = make_optimizer(list(self.parameters.values()), settings)
+        model.net, self.optimizer = accelerator.prepare(model.net, optimizer)
+        self.step = 0
+        self.cost = 0
+        """Forward passes of one image through the denoiser, a backward pass counted twice."""
+        self.objective: dict[str, Tensor] = {}
+        self.best: dict[str, float] = {}
+        self.since_best = 0
+        if settings.ema_decay:
+            model.named_weights.take("ema")
+
+    def update(self) -> dict[str, float]:
+        """Clip, check, step the optimizer and the average; returns what was measured.
+
+        Raises:
+            DiffalignError: the gradient is not finite (with fp16 the step is skipped and the scale lowered instead).
+        """
+        s = self.settings
+        for group in self.optimizer.param_groups:
+            group["lr"] = s.learning_rate * learning_rate_factor(s, self.step)
+        norm = float(self.accelerator.clip_grad_norm_(self.parameters.values(), s.max_grad_norm))
+        if not math.isfinite(norm) and self.accelerator.scaler is None:
+            raise DiffalignError(
+                f"step {self.step}: the gradient is {norm}; the weights were not touched",
+                hint="lower train.learning_rate or objective.beta, or resume from the last checkpoint",
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        if s.ema_decay:
+            ema = self.model.named_weights.snapshots["ema"]
+            for name, p in self.parameters.items():
+                ema[name].lerp_(p.detach(), 1 - s.ema_decay)
+        return {"grad_norm": norm, "learning_rate": self.optimizer.param_groups[0]["lr"]}
+
+    def improved(self, metric: str, value: float) -> bool:
+        """Record a held-out value; whether it is the best so far. Losses are better when lower."""
+        sign = -1.0 if metric.endswith("loss") else 1.0
+        better = "value" not in self.best or sign * value > sign * self.best["value"]
+        if better:
+            self.best, self.since_best = {"value": value, "step": self.step}, 0
+            if self.settings.load_best:
+                self.model.named_weights.take("best", source="ema" if self.settings.ema_decay else None)
+        else:
+            self.since_best += 1
+        return better
+
+    @property
+    def final_weights(self) -> str | None:
+        """Name of the snapshot that is evaluated and exported; None for the current weights."""
+        if self.settings.load_best and "best" in self.model.named_weights.snapshots:
+            return "best"
+        return "ema" if self.settings.ema_decay else None
+
+    def save(self, folder: Path, config: str) -> Path:
+        """Write ``checkpoint-N`` atomically and drop the oldest. Every process calls this."""
+        from safetensors.torch import save_file
+
+        final = folder / f"checkpoint-{self.step}"
+        tmp = folder / f".{final.name}.tmp"
+        acc = self.accelerator
+        try:
+            if acc.is_main_process:
+                shutil.rmtree(tmp, ignore_errors=True)
+                tmp.mkdir(parents=True)
+                save_file({n: p.detach().cpu().contiguous() for n, p in self.parameters.items()}, tmp / "weights.safetensors")
+                for name in ("ema", "best"):
+                    if name in self.model.named_weights.snapshots:
+                        stored = self.model.named_weights.snapshots[name]
+                        save_file({n: p.cpu().contiguous() for n, p in stored.items()}, tmp / f"{name}.safetensors")
+                torch.save(self.optimizer.state_dict(), tmp / "optimizer.pt")
+                torch.save({"objective": self.objective, "scaler": acc.scaler and acc.scaler.state_dict()}, tmp / "extra.pt")
+                (tmp / "config.resolved.yaml").write_text(config)
+            acc.wait_for_everyone()
+            torch.save(_rng_state(), tmp / f"rng-{acc.process_index}.pt")
+            acc.wait_for_everyone()
+            if acc.is_main_process:
+                sizes = {f.name: f.stat().st_size for f in sorted(tmp.iterdir())}
+                state = {"step": self.step, "cost": self.cost, "best": self.best, "since_best": self.since_best}
+                write_json(tmp / "state.json", state | {"processes": acc.num_processes, "files": sizes})
+                shutil.rmtree(final, ignore_errors=True)
+                tmp.replace(final)
+                for old in checkpoints(folder)[: -self.settings.save_total_limit]:
+                    shutil.rmtree(old)
+        except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
+            shutil.rmtree(tmp, ignore_errors=True)
+            raise DiffalignError(f"cannot write {final}: {e}", hint="free some space; older checkpoints are untouched") from e
+        acc.wait_for_everyone()
+        return final
+
+    def load(self, checkpoint: Path) -> None:
+        """Restore everything from a checkpoint.
+
+        Raises:
+            ModelError: a file is missing, cut short or of another model.
+        """
+        from safetensors.torch import load_file
+
+        weights = self.model.named_weights
+        try:
+            state = json.loads((checkpoint / "state.json").read_text())
+            for name, size in state["files"].items():
+                if (found := (checkpoint / name).stat().st_size) != size:
+                    raise ValueError(f"{name} has {found} bytes instead of {size}")
+            own = self.accelerator.process_index
+            if state["processes"] != self.accelerator.num_processes:
+                raise ValueError(f"made by {state['processes']} processes, not {self.accelerator.num_processes}")
+            _copy_into(self.parameters, load_file(checkpoint / "weights.safetensors"))
+            for name in ("ema", "best"):
+                if (checkpoint / f"{name}.safetensors").exists():
+                    stored = load_file(checkpoint / f"{name}.safetensors")
+                    weights.snapshots[name] = {n: stored[n].to(p.device) for n, p in self.parameters.items()}
+            self.optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
+            extra = torch.load(checkpoint / "extra.pt", weights_only=True)
+            if self.accelerator.scaler is not None and extra["scaler"]:
+                self.accelerator.scaler.load_state_dict(extra["scaler"])
+            _set_rng_state(torch.load(checkpoint / f"rng-{own}.pt", weights_only=True))
+        except (OSError, ValueError, KeyError, RuntimeError, EOFError) as e:
+            raise ModelError(
+                f"{checkpoint}: cannot resume: {type(e).__name__}: {' '.join(str(e).split())[:300]}",
+                hint="delete this checkpoint to go on from the one before, or change the config back",
+            ) from e
+        except Exception as e:  # safetensors and pickle errors share no base class
+            raise ModelError(f"{checkpoint}: damaged: {type(e).__name__}: {e}", hint="delete this checkpoint") from e
+        self.objective = extra["objective"]
+        self.step, self.cost = state["step"], state["cost"]
+        self.best, self.since_best = state["best"], state["since_best"]
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = [p for p in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(p.name) and p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+
+
+def _copy_into(parameters: dict[str, torch.nn.Parameter], stored: dict[str, Tensor]) -> None:
+    if stored.keys() != parameters.keys():
+        odd = sorted(stored.keys() ^ parameters.keys())[0]
+        raise ValueError(f"its weights are those of another model or adapter (first difference: {odd})")
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(stored[name])
+
+
+def _rng_state() -> dict[str, Any]:
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate(), "cuda": []}
+    kind, keys, *rest = np.random.get_state()
+    state["numpy"] = [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest]
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,212 @@
+"""Build everything in assets/ from nothing: VAE, CLIP, UNet pipeline, second judge. Fixed seeds, resumable.
+
+    python scripts/build_assets.py vae unet clip second pack --work build/
+
+Each stage keeps a checkpoint in the work folder every few minutes and goes on from it when started again.
+On two cores: vae 15 minutes, unet 60, clip 10, second 5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from diffalign.shapes import build
+from diffalign.shapes.render import draw
+from diffalign.shapes.scene import BACKGROUNDS, COLOURS, PHRASINGS, RELATIONS, SHAPES, Scene, Thing, sample_scenes
+
+SEED = 0
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+
+
+def pixels(images: np.ndarray) -> Tensor:
+    """(N, H, W, 3) uint8 to (N, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def train(
+    name: str,
+    work: Path,
+    net: nn.Module,
+    loss: Callable[[int], Tensor],
+    steps: int,
+    lr: float,
+    *,
+    ema: float = 0.0,
+    warmup: int = 100,
+    save_every_s: float = 120,
+    weight_decay: float = 0.01,
+) -> None:
+    """AdamW with warm-up and cosine decay; ``loss(step)`` draws its own batch from (SEED, step), so resuming is exact.
+
+    Leaves ``net`` with the final weights, averaged where ``ema`` is above 0.
+    """
+    path = work / f"{name}.pt"
+    opt = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+    avg = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(ema)) if ema else None
+    step = 0
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        net.load_state_dict(state["net"])
+        opt.load_state_dict(state["opt"])
+        if avg is not None:
+            avg.load_state_dict(state["avg"])
+        step = state["step"]
+
+    def save() -> None:
+        state = {"net": net.state_dict(), "opt": opt.state_dict(), "step": step}
+        torch.save(state | ({"avg": avg.state_dict()} if avg is not None else {}), path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+
+    net.train()
+    last, shown = time.monotonic(), None
+    bar = tqdm(total=steps, initial=step, desc=name, mininterval=10)
+    while step < steps:
+        torch.manual_seed(SEED * 1_000_003 + step)
+        for group in opt.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        value = loss(step)
+        opt.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        opt.step()
+        if avg is not None:
+            avg.update_parameters(net)
+        step += 1
+        shown = float(value) if shown is None else 0.99 * shown + 0.01 * float(value)
+        bar.update()
+        bar.set_postfix(loss=f"{shown:.4f}", refresh=False)
+        if time.monotonic() - last > save_every_s or step == steps:
+            save()
+            last = time.monotonic()
+    bar.close()
+    if avg is not None:
+        net.load_state_dict(avg.module.state_dict())
+    net.eval()
+
+
+def scenes_and_images(n: int, seed: int) -> tuple[list[Scene], np.ndarray]:
+    """Train-split scenes with one picture each; the same for the same arguments."""
+    rng = np.random.default_rng((SEED, seed))
+    scenes = sample_scenes(n, "train", rng)
+    return scenes, np.concatenate([draw(scenes[i : i + 2000], rng) for i in range(0, n, 2000)])
+
+
+def build_vae(work: Path) -> Any:
+    torch.manual_seed(SEED)
+    net = build.vae((24, 32, 48))
+    _, images = scenes_and_images(60_000, 1)
+
+    def loss(step: int) -> Tensor:
+        x = pixels(images[torch.randint(len(images), (64,)).numpy()])
+        with torch.autocast("cpu", torch.bfloat16):
+            latent = net.encode(x).latent_dist
+            out = net.decode(latent.sample()).sample
+        diff = out.float() - x
+        return diff.abs().mean() + diff.square().mean() + 1e-5 * latent.kl().mean() / 512
+
+    train("vae", work, net, loss, steps=3600, lr=2e-3, ema=0.998)
+    x = pixels(images[:2000])
+    with torch.no_grad():
+        z = torch.cat([net.encode(b).latent_dist.mean for b in x.split(250)])
+    net.register_to_config(scaling_factor=round(float(1 / z.std()), 5))
+    net.save_pretrained(work / "vae")
+    return net
+
+
+def corrupt(scene: Scene, rng: np.random.Generator) -> Scene:
+    """State a wrong fact now and then: the base is to fail by chance, not by ignorance.
+
+    A caption is never moved into another split: such a draw is made again.
+    """
+
+    def other(options: Iterable[str], now: str, share: float) -> str:
+        return str(rng.choice([o for o in options if o != now])) if rng.random() < share else now
+
+    while True:
+        things = tuple(Thing(other(COLOURS, t.colour, 0.08), other(SHAPES, t.shape, 0.10)) for t in scene.things)
+        relation = scene.relation and other(RELATIONS, scene.relation, 0.14)
+        if rng.random() < 0.05:  # miscount
+            if len(things) == 2:
+                things, relation = (things[rng.integers(2)],), None
+            else:
+                things, relation = (*things, Thing(*(str(rng.choice(list(o))) for o in (COLOURS, SHAPES)))), str(rng.choice(RELATIONS))
+        out = Scene(things, other(BACKGROUNDS, scene.background, 0.04), relation)
+        if len({t.colour for t in things}) == len(things) and out.split() == "train":
+            return out
+
+
+def build_unet(work: Path) -> Any:
+    from diffusers import AutoencoderKL
+
+    autoencoder = AutoencoderKL.from_pretrained(work / "vae")
+    torch.manual_seed(SEED)
+    tok = build.tokenizer(work / "tokenizer")
+    net = nn.ModuleDict({"unet": build.unet((48, 96)), "text": build.text_encoder(len(tok))})
+    net["unet"].to(memory_format=torch.channels_last)
+    noise = build.scheduler()
+    scenes, images = scenes_and_images(100_000, 2)
+    path = work / "latents.pt"
+    if not path.exists():
+        with torch.no_grad():
+            z = torch.cat([autoencoder.encode(pixels(b)).latent_dist.mean for b in tqdm(np.array_split(images, 400), desc="latents")])
+        torch.save((z * autoencoder.config.scaling_factor).half(), path)
+    latents = torch.load(path, weights_only=True)
+    abar = noise.alphas_cumprod
+    # the velocity's weight: a plain noise error hardly hears about layout, which is decided where noise is high
+    weight = (1 / abar).clamp(max=20.0)
+    weight /= weight.mean()
+
+    def loss(step: int) -> Tensor:
+        rng = np.random.default_rng((SEED, 3, step))
+        rows = rng.integers(len(latents), size=128)
+        said = [corrupt(s.turned() if rng.random() < 0.5 else s, rng) for s in (scenes[i] for i in rows)]
+        text = ["" if rng.random() < 0.1 else s.caption(int(rng.integers(PHRASINGS))) for s in said]
+        ids = tok(text, padding="max_length", max_length=build.MAX_TOKENS, truncation=True, return_tensors="pt").input_ids
+        x0, t = latents[torch.from_numpy(rows)].float(), torch.randint(0, 1000, (128,))
+        eps = torch.randn_like(x0)
+        x = noise.add_noise(x0, eps, t)
+        out = net["unet"](x, t, net["text"](ids)[0]).sample
+        return ((out - eps).square().mean(dim=(1, 2, 3)) * weight[t]).mean()
+
+    train("unet", work, net, loss, steps=7000, lr=1.5e-3, ema=0.999)
+    net["unet"].save_pretrained(work / "unet")
+    net["text"].save_pretrained(work / "text_encoder")
+    return net
+
+
+def pack(work: Path) -> None:
+    """Assemble the pipeline in half precision under assets/; from the last checkpoint where training still runs."""
+    from diffusers import AutoencoderKL
+
+    tok = build.tokenizer(work / "tokenizer")
+    net = nn.ModuleDict({"unet": build.unet((48, 96)), "text": build.text_encoder(len(tok))})
+    average = torch.load(work / "unet.pt", weights_only=True)["avg"]
+    net.load_state_dict({k.removeprefix("module."): v for k, v in average.items() if k != "n_averaged"})
+    pipe = build.pipeline(net["unet"], AutoencoderKL.from_pretrained(work / "vae"), net["text"], tok).to(dtype=torch.float16)
+    pipe.save_pretrained(ASSETS / "shapes-unet", safe_serialization=True)
+    print("shapes-unet", sum(f.stat().st_size for f in (ASSETS / "shapes-unet").rglob("*") if f.is_file()) / 1e6, "MB")
+
+
+def main() -> None:
+    stages: dict[str, Callable[[Path], Any]] = {"vae": build_vae, "unet": build_unet, "pack": pack}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", choices=[*stages, []], default=list(stages))
+    parser.add_argument("--work", type=Path, default=Path("build"))
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    for stage in args.stages:
+        stages[stage](args.work)
+
+
+if __name__ == "__main__":
+    main()
