@@ -21,6 +21,7 @@ from diffalign.errors import ConfigError, DataError
 from diffalign.hub import cache_dir, resolve
 from diffalign.models import LoRA, Model, ModelSpec, load_model
 from diffalign.objectives import OBJECTIVES, Objective, Total
+from diffalign.pairs import PAIR_RULES, BestWorst, PairRule
 from diffalign.sampling import Item, Sampler, sample
 from diffalign.spec import Spec, dump, load, validate
 from diffalign.timesteps import TIMESTEPS, TimestepPolicy, Uniform
@@ -294,7 +295,10 @@ def train(config: TrainConfig) -> Run:
     scorers = make_scorers(config.evaluate.scorers)
     size = (config.data.resolution,) * 2 if config.data.resolution else model.resolution
     shared: dict[str, Any] = {"size": size, "batch_size": s.per_device_train_batch_size, "seed": s.seed}
-    feed_of = lambda pairs, **more: OfflinePairs(model, pairs, config.timesteps, cache_dir(), **shared, **more)  # noqa: E731
+
+    def feed_of(pairs: Sequence[Pair], **more: Any) -> OfflinePairs:
+        return OfflinePairs(model, pairs, config.timesteps, cache_dir(), **shared, **more)
+
     with accelerator.main_process_first():  # the first fills the cache, the others read it
         feed = feed_of(
             training,
@@ -392,7 +396,7 @@ def ceiling(model: Model, like: Evaluation, scorers: Sequence[Scorer]) -> Evalua
     per_prompt = like.images.shape[1]
     scenes = [parse_caption(p) for p in like.prompts for _ in range(per_prompt)]
     pixels = torch.from_numpy(draw(scenes, np.random.default_rng(0))).permute(0, 3, 1, 2).float() / 255
-    parts = [to_uint8(model.decode(model.encode_images(p))).cpu() for p in pixels.split(128)]
+    parts = [to_uint8(model.decode(model.encode_images(p))).cpu() for p in torch.split(pixels, 128)]
     images = torch.cat(parts).view(len(like.prompts), per_prompt, *parts[0].shape[1:])
     return Evaluation(like.prompts, score_images(scorers, like.prompts, images), images)
 
@@ -503,6 +507,102 @@ def load_config(cls: type[Any], first: str | None, overrides: Sequence[str]) -> 
     return load(cls, path, overrides)
 
 
+# --- pairs ----------------------------------------------------------------------------------------------------------
+
+
+class PairsConfig(Spec):
+    """Preference pairs from a model's own samples: K images a prompt, scored, and a rule that picks two."""
+
+    version: Literal[1] = 1
+    model: ModelSpec = ModelSpec(path="shapes-unet")
+    adapter: str | None = None
+    """A finished run whose trained weights make the images."""
+    prompts: str = "shapes:train"
+    num_prompts: int = Field(default=1000, ge=1)
+    images_per_prompt: int = Field(default=8, ge=2)
+    seed: int = Field(default=0, ge=0)
+    sampling: Sampler = Sampler()
+    scorers: list[str] = Field(default=["shapes"], min_length=1)
+    reward: dict[str, float] = Field(default={"score": 0.8, "cleanliness": 0.2}, min_length=1)
+    """Weights of the scorers' values."""
+    rule: Annotated[PairRule, PAIR_RULES] = BestWorst()
+    shard_size: int = Field(default=100, ge=1)
+    """Prompts per shard; a killed run goes on at the first missing shard."""
+    split_salt: str = ""
+    output_dir: str
+
+
+def make_pairs(config: PairsConfig) -> Path:
+    """Generate, score and pair; only images that stand in a pair are kept. Resumes shard by shard."""
+    import torch
+    from tqdm import tqdm
+
+    from diffalign.data.images import encode_png, sha256, to_pil
+    from diffalign.data.tables import run_shards, write_shard
+    from diffalign.sampling import generate
+    from diffalign.train.evaluate import score_images
+
+    folder = Path(config.output_dir)
+    prompts = prompts_of(config.prompts, config.num_prompts, config.seed, config.split_salt)
+    model = build_model(config.model)
+    if config.adapter is not None:
+        model.restore(Path(config.adapter))
+    scorers = make_scorers(config.scorers)
+    said = " + ".join(f"{w:g} {name}" for name, w in config.reward.items())
+    versions = json.dumps(environment()["versions"])
+    bar = tqdm(total=len(prompts) * config.images_per_prompt, desc="pairs", unit="image", dynamic_ncols=True)
+
+    def shard(n: int) -> list[dict[str, Any]]:
+        mine = prompts[n * config.shard_size : (n + 1) * config.shard_size]
+        k = config.images_per_prompt
+        images = generate(model, mine, config.sampling, per_prompt=k, seed=config.seed, on_batch=bar.update)
+        values = score_images(scorers, [p.text for p in mine], images)
+        unknown = set(config.reward) - set(values)
+        if unknown:
+            raise ConfigError(f"reward: no scorer gives {sorted(unknown)[0]!r}", hint=f"given: {', '.join(values)}")
+        reward = torch.stack([w * values[name] for name, w in config.reward.items()]).sum(0)
+        rows: dict[str, list[dict[str, Any]]] = {"images": [], "scores": [], "pairs": []}
+        for i, prompt in enumerate(mine):
+            ids: dict[int, str] = {}
+            for preference in config.rule(reward[i].tolist()):
+                for j in (preference.chosen, preference.rejected):
+                    if j in ids:
+                        continue
+                    picture = to_pil(images[i, j][None])[0]
+                    data = encode_png(picture)
+                    digest = sha256(data)
+                    ids[j] = f"{prompt.id}-{config.seed}-{j}"
+                    rows["images"].append({
+                        "image_id": ids[j], "sha256": digest, "prompt_id": prompt.id, "prompt": prompt.text,
+                        "image": {"bytes": data, "path": None}, "k": j, "seed": config.seed,
+                        "model": config.model.path, "revision": config.model.revision, "adapter": config.adapter,
+                        "sampler": type(model.scheduler).__name__, "versions": versions,
+                        "num_inference_steps": config.sampling.num_inference_steps,
+                        "guidance_scale": config.sampling.guidance_scale,
+                        "width": picture.width, "height": picture.height,
+                    })  # fmt: skip
+                    for name in config.reward:
+                        rows["scores"].append({
+                            "image_sha256": digest, "prompt_sha256": sha256(prompt.text.encode()),
+                            "scorer": name, "version": "1", "preprocess_version": "1", "value": values[name][i, j].item(),
+                        })  # fmt: skip
+                rows["pairs"].append({
+                    "pair_id": f"{prompt.id}-{config.seed}-{preference.chosen}-{preference.rejected}",
+                    "prompt_id": prompt.id, "prompt": prompt.text, "p_win": 1.0,
+                    "chosen_id": ids[preference.chosen], "rejected_id": ids[preference.rejected],
+                    "margins": json.dumps({"reward": round(preference.margin, 6)}),
+                    "rule": dump(config.rule).strip(), "scores": said, "source": config.model.path,
+                })  # fmt: skip
+        write_shard(folder, "images", n, rows["images"])
+        write_shard(folder, "scores", n, rows["scores"])
+        return rows["pairs"]
+
+    plan = {k: v for k, v in config.model_dump(mode="json").items() if k != "output_dir"}
+    run_shards(folder, "pairs", plan, -(-len(prompts) // config.shard_size), shard)
+    bar.close()
+    return folder
+
+
 def shipped_configs() -> dict[str, Path]:
     """Worked examples and presets by name, of an installed wheel or a checkout."""
     package = Path(__file__).resolve().parent
@@ -517,16 +617,19 @@ def catalogue(what: str) -> list[tuple[str, str]]:
     from diffalign.models import FAMILIES
     from diffalign.shapes.taste import Kind
 
-    first = lambda cls: (cls.__doc__ or "").strip().splitlines()[0]  # noqa: E731
     match what:
         case "models":
             return [(f"{name}", path) for name, path in FAMILIES.items()]
         case "objectives":
-            rows = [(name, f"{first(cls)} ({cls.paper})") for name, cls in OBJECTIVES.options.items()]  # type: ignore[attr-defined]
+            docs = {name: (cls.__doc__ or "").strip().splitlines()[0] for name, cls in OBJECTIVES.options.items()}
+            rows = [(name, f"{docs[name]} ({getattr(cls, 'paper', '')})") for name, cls in OBJECTIVES.options.items()]
             return rows + [(alias, f"alias of {name}") for alias, name in OBJECTIVES.aliases.items()]
         case "scorers":
             tastes = [(f"taste:{k}", "a taste of the built-in world") for k in get_args(Kind)]
-            other = [("clip:MODEL", "cosine similarity under a CLIP model"), ("pkg.mod:obj", "any callable f(images, prompts)")]
+            other = [
+                ("clip:MODEL", "cosine similarity under a CLIP model"),
+                ("pkg.mod:obj", "any callable f(images, prompts)"),
+            ]
             return [("shapes", "the exact judge of the built-in world"), *tastes, *other]
         case "presets":
             heads = {n: p.read_text().splitlines()[0].removeprefix("# ") for n, p in shipped_configs().items()}

@@ -141,7 +141,9 @@ def _curve(folder: Path, title: str, unit: str, names: dict[str, str]) -> str | 
         for label, points in series.items():
             steps, values = zip(*points, strict=True)
             dashed = "held-out" in label
-            axes.plot(steps, values, label=label, lw=1.5, ls="--" if dashed else "-", marker="o" if len(points) < 8 else None, ms=3)
+            axes.plot(
+                steps, values, label=label, lw=1.5, ls="--" if dashed else "-", marker="o" if len(points) < 8 else None, ms=3
+            )
         axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
         axes.set_xlabel("step")
         axes.set_ylabel(unit)

@@ -11,6 +11,7 @@ import difflib
 import importlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
@@ -42,6 +43,13 @@ class Spec(BaseModel):
 S = TypeVar("S", bound=Spec)
 
 
+@dataclass(frozen=True)
+class _Options:
+    """Marks a field whose values a Choice knows, without being its validator."""
+
+    choice: Choice
+
+
 class Choice:
     """Annotation of a field that holds one of several Specs: ``Annotated[Base, Choice(Base, {"name": Class, ...})]``.
 
@@ -53,7 +61,8 @@ class Choice:
 
     def one_or_more(self) -> Any:
         """A field type that takes one value or a list of them and holds a tuple; one is written back as one."""
-        many = TypeAdapter(tuple[Annotated[self.base, self], ...])  # type: ignore[name-defined]
+        base = self.base
+        many: TypeAdapter[tuple[Spec, ...]] = TypeAdapter(tuple[Annotated[base, self], ...])  # type: ignore[valid-type]
 
         def read(value: Any) -> Any:
             if isinstance(value, list | tuple):
@@ -67,7 +76,9 @@ class Choice:
             return out[0] if len(out) == 1 else out
 
         schema = {"anyOf": [one := self.json_schema(), {"type": "array", "items": one, "minItems": 1}]}
-        return Annotated[tuple[self.base, ...], PlainValidator(read), PlainSerializer(write), WithJsonSchema(schema), self]
+        return Annotated[
+            tuple[base, ...], PlainValidator(read), PlainSerializer(write), WithJsonSchema(schema), _Options(self)
+        ]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         return core_schema.no_info_plain_validator_function(
@@ -91,7 +102,9 @@ class Choice:
         if isinstance(name, str) and ":" in name:
             return self._import(name)
         known = [*self.options, *self.aliases]
-        raise ValueError(f"unknown type {name!r}{_did_you_mean(str(name), known)}; known: {', '.join(known)}, or pkg.mod:Class")
+        raise ValueError(
+            f"unknown type {name!r}{_did_you_mean(str(name), known)}; known: {', '.join(known)}, or pkg.mod:Class"
+        )
 
     def _import(self, name: str) -> type[Spec]:
         module, _, attribute = name.partition(":")
@@ -107,7 +120,11 @@ class Choice:
         if isinstance(value, self.base):
             return value
         if not isinstance(value, Mapping) or "type" not in value:
-            raise PydanticCustomError("choice", "must be a mapping with the key 'type', such as {example}", {"example": f"type: {next(iter(self.options))}"})
+            raise PydanticCustomError(
+                "choice",
+                "must be a mapping with the key 'type', such as {example}",
+                {"example": f"type: {next(iter(self.options))}"},
+            )
         try:
             cls = self.resolve(value["type"])
         except ValueError as e:
@@ -178,9 +195,9 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     out = dict(below)
     for key, value in above.items():
         old = out.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        if both and not ("type" in value and "type" in old and value["type"] != old["type"]):
-            out[key] = merge(old, value)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            retyped = "type" in old and "type" in value and old["type"] != value["type"]
+            out[key] = dict(value) if retyped else merge(old, value)
         else:
             out[key] = value
     return out
@@ -258,7 +275,9 @@ def _keys_at(cls: type[Spec], loc: Sequence[str]) -> list[str]:
             if part in c.model_fields:
                 field = c.model_fields[part]
                 step += _specs_in(field.annotation)
-                step += [o for m in field.metadata if isinstance(m, Choice) for o in m.options.values()]
+                for m in field.metadata:
+                    choice = m.choice if isinstance(m, _Options) else m
+                    step += choice.options.values() if isinstance(choice, Choice) else []
         found = step or found
     return sorted({name for c in found for name in c.model_fields})
 

@@ -23,9 +23,9 @@ def decode(source: bytes | str | Path, where: str) -> Image.Image:
     try:
         if not isinstance(source, bytes):
             source = Path(source).read_bytes()
-        image = Image.open(io.BytesIO(source))
-        image.load()
-        image = ImageOps.exif_transpose(image)
+        opened = Image.open(io.BytesIO(source))
+        opened.load()
+        image: Image.Image = ImageOps.exif_transpose(opened)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as e:
         reason = "no such file" if isinstance(e, FileNotFoundError) else f"{type(e).__name__}: {e}"
         raise DataError(f"{where}: cannot read the image: {reason[:200]}", hint="remove the row or mend the file") from e

@@ -106,7 +106,9 @@ def run_shards(
     old = manifest["plans"].get(table)
     if old is not None and old != plan:
         changed = [k for k in {**old, **plan} if old.get(k) != plan.get(k)]
-        raise DataError(f"{folder} holds {table} of another plan (differs in {', '.join(changed)})", hint="choose another folder")
+        raise DataError(
+            f"{folder} holds {table} of another plan (differs in {', '.join(changed)})", hint="choose another folder"
+        )
     if old is None:
         manifest["plans"][table] = plan
         write_json(folder / "manifest.json", manifest)

@@ -69,7 +69,7 @@ class Model(Protocol):
 
     family: str
     kind: Kind
-    net: nn.Module
+    net: Any
     """The trained network: the only thing handed to accelerate."""
     path: str
     scheduler: Any
@@ -100,8 +100,8 @@ class Weights:
     (full fine-tuning) or where training starts from an adapter. ``ema`` and other names are snapshots made by the loop.
     """
 
-    def __init__(self, net: nn.Module, spec: ModelSpec, load_lora: Any = None) -> None:
-        self.net = net
+    def __init__(self, net: Any, spec: ModelSpec, load_lora: Any = None) -> None:
+        self.net = net  # a diffusers model: a module with adapters
         self.snapshots: dict[str, dict[str, Tensor]] = {}
         self.adapter = spec.lora is not None
         if spec.lora is None:
@@ -147,7 +147,7 @@ class Weights:
             p.data, snapshot[n] = snapshot[n].to(p.device), p.data
 
 
-def _add_lora(net: nn.Module, spec: LoRA, load_lora: Any) -> None:
+def _add_lora(net: Any, spec: LoRA, load_lora: Any) -> None:
     from peft import LoraConfig
 
     config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha or spec.rank, target_modules=spec.target_modules, lora_dropout=0.0)

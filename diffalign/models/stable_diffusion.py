@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffalign.errors import ModelError
 from diffalign.models.base import Cond, ModelSpec, Weights, check_finite, fingerprint
@@ -25,7 +25,7 @@ class StableDiffusion:
     def __init__(self, pipeline: Any, spec: ModelSpec) -> None:
         self.path = spec.path
         self.pipeline = pipeline
-        self.net: nn.Module = pipeline.unet
+        self.net = pipeline.unet
         self.scheduler = pipeline.scheduler
         kind = self.scheduler.config.prediction_type
         if kind not in ("epsilon", "v_prediction", "sample"):

@@ -22,4 +22,4 @@ OBJECTIVES = Choice(
     aliases={"dpo": "sigmoid"},
 )
 
-__all__ = ["OBJECTIVES", "LossOutput", "MaPO", "Need", "Objective", "PairTerms", "SFT", "Sigmoid", "Total", "pair_metrics"]
+__all__ = ["OBJECTIVES", "SFT", "LossOutput", "MaPO", "Need", "Objective", "PairTerms", "Sigmoid", "Total", "pair_metrics"]

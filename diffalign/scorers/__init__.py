@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from diffalign.scorers.base import Callback, ScoreBatch, Scorer, ScoreInput, import_scorer
+from diffalign.scorers.base import Callback, ScoreBatch, ScoreInput, Scorer, import_scorer
 
 __all__ = ["Callback", "ScoreBatch", "ScoreInput", "Scorer", "import_scorer"]

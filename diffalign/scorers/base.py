@@ -46,7 +46,7 @@ class Callback:
 
     def __init__(self, function: Callable[..., Any], name: str | None = None) -> None:
         self.function = function
-        self.name: str = name or getattr(function, "__name__", type(function).__name__)
+        self.name = name or str(getattr(function, "__name__", type(function).__name__))
 
     def __call__(self, batch: ScoreInput) -> ScoreBatch:
         values = torch.as_tensor(self.function(batch.images, batch.prompts), dtype=torch.float32).flatten()

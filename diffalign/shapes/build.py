@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,10 +11,10 @@ from diffalign.shapes.scene import BACKGROUNDS, COLOURS, RELATIONS, SHAPES
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
 
 MAX_TOKENS = 20
-LATENT_CHANNELS = 8
+LATENT_CHANNELS = 6
 _GLUE = ("a", "on", "is", "to", "the", "picture", "background", ",")
 
 
@@ -37,23 +38,25 @@ def tokenizer(folder: str | Path) -> CLIPTokenizer:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     symbols = _byte_symbols()
-    merges: dict[tuple[str, str], str] = {}
+    merges: dict[tuple[str, str], str] = {}  # in the order of their rank
     for word in words():
         parts = [*word[:-1], word[-1] + "</w>"]
-        while len(parts) > 1:  # left to right, so that shared beginnings share merges
-            merges[parts[0], parts[1]] = parts[0] + parts[1]
-            parts = [parts[0] + parts[1], *parts[2:]]
+        while len(parts) > 1:
+            ranks = {pair: i for i, pair in enumerate(merges)}
+            known = [pair for pair in itertools.pairwise(parts) if pair in ranks]
+            a, b = min(known, key=ranks.__getitem__) if known else (parts[0], parts[1])
+            merges[a, b] = a + b
+            at = list(itertools.pairwise(parts)).index((a, b))
+            parts[at : at + 2] = [a + b]
     tokens = [*symbols, *(s + "</w>" for s in symbols), *merges.values(), "<|startoftext|>", "<|endoftext|>"]
     vocab = {t: i for i, t in enumerate(dict.fromkeys(tokens))}
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in merges)]) + "\n")
-    return CLIPTokenizer(
-        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=MAX_TOKENS
-    )
+    return CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=MAX_TOKENS)
 
 
 def vae(channels: tuple[int, ...] = (32, 48, 64)) -> AutoencoderKL:
-    """32 x 32 pixels to 8 x 8 x 8 latents."""
+    """32 x 32 pixels to 6 x 8 x 8 latents."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -117,6 +120,7 @@ def scheduler(**overrides: Any) -> Any:
         "clip_sample": False,
         "set_alpha_to_one": False,
         "timestep_spacing": "trailing",
+        "steps_offset": 1,
     }
     return DDIMScheduler(**(settings | overrides))
 
@@ -135,3 +139,29 @@ def pipeline(unet: Any, vae: Any, text_encoder: Any, tokenizer: Any, **scheduler
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def clip(vocab_size: int, hidden: int = 96, layers: int = 3) -> CLIPModel:
+    """A CLIP over 32 x 32 pictures: the learned reward."""
+    from transformers import CLIPConfig, CLIPModel
+
+    tower = {
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "projection_dim": hidden,
+    }
+    ends = {"bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1, "pad_token_id": vocab_size - 1}
+    text = {**tower, **ends, "vocab_size": vocab_size, "max_position_embeddings": MAX_TOKENS}
+    vision = {**tower, "image_size": 32, "patch_size": 4}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=hidden))
+
+
+def clip_processor(tokenizer: CLIPTokenizer) -> CLIPProcessor:
+    """No resizing and no cropping: pictures are 32 x 32 already."""
+    from transformers import CLIPImageProcessor, CLIPProcessor
+
+    half = [0.5, 0.5, 0.5]
+    image = CLIPImageProcessor(do_resize=False, do_center_crop=False, image_mean=half, image_std=half)
+    return CLIPProcessor(image, tokenizer)

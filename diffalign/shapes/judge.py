@@ -101,7 +101,9 @@ def _nearest(rgb: NDArray[np.float32], palette: NDArray[np.float32]) -> tuple[ND
     return i, np.take_along_axis(d, i[..., None], -1)[..., 0]
 
 
-def _split_colours(labels: NDArray[np.int32], count: int, hue: NDArray[np.int64], core: NDArray[np.bool_], least: float) -> int:
+def _split_colours(
+    labels: NDArray[np.int32], count: int, hue: NDArray[np.int64], core: NDArray[np.bool_], least: float
+) -> int:
     """Give a blob of several colours one label per colour, in place; returns the new number of labels."""
     from scipy import ndimage
 
@@ -241,8 +243,7 @@ def compare(sight: Sight, scene: Scene) -> dict[str, bool]:
             reading[f"shape{i}"] = blob is not None and blob.shape == thing.shape
         if scene.relation is not None:
             a, b = chosen
-            apart = a is not None and b is not None
-            reading["relation"] = apart and relation_of(b.cx - a.cx, b.cy - a.cy) == scene.relation
+            reading["relation"] = a is not None and b is not None and relation_of(b.cx - a.cx, b.cy - a.cy) == scene.relation
         readings.append(reading)
     return facts | max(readings, key=lambda reading: sum(reading.values()))
 

@@ -1,0 +1,1 @@
+"""The training loop, its feeds, its state, and evaluation."""

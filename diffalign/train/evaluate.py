@@ -16,7 +16,7 @@ from diffalign.errors import DataError
 from diffalign.models import Model
 from diffalign.objectives import Total, pair_metrics
 from diffalign.sampling import Sampler, generate
-from diffalign.scorers import Scorer, ScoreInput
+from diffalign.scorers import ScoreInput, Scorer
 from diffalign.train.feeds import OfflinePairs
 
 
@@ -35,7 +35,7 @@ class Evaluation:
 
     def summary(self) -> dict[str, float]:
         """Mean and clustered standard error of every value, and the diversity of the images."""
-        out = {}
+        out: dict[str, float] = {}
         for name, value in {"score": self.score, **self.values}.items():
             e = stats.clustered_mean(value)
             out |= {name: e.value, f"{name}_se": e.se}

@@ -82,7 +82,9 @@ class OfflinePairs:
 
         self.latents.fill(self.keys, latents)
         prompts = list(dict.fromkeys(["", *(p.prompt for p in self.pairs)]))
-        self.texts.fill([text_key(p) for p in prompts], lambda rows: vars(self.model.encode_prompts([prompts[i] for i in rows])))
+        self.texts.fill(
+            [text_key(p) for p in prompts], lambda rows: vars(self.model.encode_prompts([prompts[i] for i in rows]))
+        )
         self.cond: type[Cond] = type(self.model.encode_prompts([""]))
 
     @property

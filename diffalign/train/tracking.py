@@ -7,7 +7,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from diffalign.errors import ConfigError
 class Tracker:
     """Averages per-row metrics between log lines; one writer, on the main process."""
 
-    def __init__(self, folder: Path, accelerator: Any, total: int, report_to: list[str], config: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, accelerator: Any, total: int, report_to: Sequence[str], config: dict[str, Any]) -> None:
         self.path = folder / "metrics.jsonl"
         self.accelerator, self.total = accelerator, total
         self.sums: dict[str, Tensor] = {}
@@ -30,7 +30,7 @@ class Tracker:
             try:
                 accelerator.init_trackers("diffalign", config=_flat(config))
             except (ImportError, ValueError) as e:
-                raise ConfigError(f"train.report_to: cannot start {report_to}: {e}", hint="install it or drop it") from e
+                raise ConfigError(f"train.report_to: cannot start {list(report_to)}: {e}", hint="install it or drop it") from e
 
     def begin(self, step: int) -> None:
         """Forget the log lines after ``step`` and show the bar."""

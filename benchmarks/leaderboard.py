@@ -1,0 +1,341 @@
+"""Every method on the built-in world, by one protocol.
+
+    python benchmarks/leaderboard.py run                # fill the rows that are missing (minutes each, resumable)
+    python benchmarks/leaderboard.py run dpo-lora sft   # only these
+    python benchmarks/leaderboard.py table              # print the table and write docs/leaderboard.md
+    python benchmarks/leaderboard.py select dpo-lora objective.beta=1000 train.learning_rate=3e-4
+                                                        # one trial on the select split, appended to trials.jsonl
+
+Test prompts are never used to choose: settings come from ``select``. A row is ``results/ROW-SEED.json`` with one value
+per prompt, the hashes of configuration, assets and prompts, and the cost; mixed hashes are refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+WORK = ROOT / "runs" / "leaderboard"
+SEEDS = (0, 1, 2)
+PROMPTS, PER_PROMPT = 512, 2
+CONFIG = ROOT / "configs" / "shapes-dpo.yaml"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A frozen configuration: the main job's file and what differs from it."""
+
+    what: str
+    overrides: tuple[str, ...] = ()
+    pairs: dict[str, Any] = field(default_factory=dict)
+    """Settings of :class:`diffalign.recipes.PairsConfig` for pairs of its own; the shipped ones if empty."""
+    rounds: int = 1
+    """Rounds of training, each on fresh pairs from the round before."""
+    scorers: tuple[str, ...] = ("shapes", "taste:size")
+
+
+SFT = ("objective.type=sft",)
+ROWS: dict[str, Row] = {
+    "dpo-lora": Row("Diffusion-DPO, LoRA, judge's labels"),
+    "sft-winners": Row("SFT on the winners (control)", SFT),
+    "dpo-shuffled": Row("Diffusion-DPO, labels shuffled (control)", ("data.shuffle_labels=true",)),
+    "dpo-full": Row("Diffusion-DPO, all weights", ("model.lora=null", "train.learning_rate=5e-5")),
+    "mapo-lora": Row("MaPO, LoRA", ("objective.type=mapo",)),
+    "dpo-clip": Row(
+        "Diffusion-DPO, LoRA, labelled by the learned CLIP",
+        pairs={"scorers": ["clip:shapes-clip"], "reward": {"clip": 1.0}},
+    ),
+    "dpo-taste": Row(
+        "Diffusion-DPO, LoRA, a taste for size",
+        pairs={"scorers": ["taste:size"], "reward": {"taste_size": 1.0}, "num_prompts": 500},
+    ),
+    "dpo-more": Row("Diffusion-DPO, LoRA, twice the pairs and steps", ("train.max_steps=800",), pairs={"num_prompts": 4000}),
+    "dpo-rounds": Row(
+        "Diffusion-DPO, LoRA, three rounds of fresh pairs", pairs={"num_prompts": 1000}, rounds=3
+    ),
+}  # fmt: skip
+CONTROLS = {"base": "the base", "best-of-4": "best of 4 of the base by the learned CLIP (4 times the inference)"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    run = verbs.add_parser("run")
+    run.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join([*CONTROLS, *ROWS])}")
+    run.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS))
+    run.add_argument("--minutes", type=float, default=0, help="start no further run after this long; 0 never stops")
+    verbs.add_parser("table")
+    select = verbs.add_parser("select")
+    select.add_argument("row", choices=ROWS)
+    select.add_argument("overrides", nargs="*")
+    args = parser.parse_args()
+    if args.verb == "run":
+        unknown = set(args.rows) - set(CONTROLS) - set(ROWS)
+        if unknown:
+            parser.error(f"unknown row {sorted(unknown)[0]}")
+        fill(args.rows or [*CONTROLS, *ROWS], args.seeds, args.minutes)
+    elif args.verb == "select":
+        trial(args.row, args.overrides)
+    else:
+        print(write_table())
+
+
+# --- running --------------------------------------------------------------------------------------------------------
+
+
+def fill(rows: Sequence[str], seeds: Sequence[int], minutes: float) -> None:
+    """Run what is missing, row by row."""
+    began = time.monotonic()
+    for name in rows:
+        for seed in (None,) if name in CONTROLS else seeds:
+            path = RESULTS / (f"{name}.json" if seed is None else f"{name}-{seed}.json")
+            if path.exists():
+                continue
+            if minutes and time.monotonic() - began > 60 * minutes:
+                print("time is up; run again to go on", file=sys.stderr)
+                return
+            print(f"== {path.stem}", file=sys.stderr)
+            write(path, control(name) if seed is None else run_row(name, seed))
+
+
+def run_row(name: str, seed: int) -> dict[str, Any]:
+    """Train one row with one seed and measure it on the test prompts."""
+    row = ROWS[name]
+    folder, seconds, passes, generated = WORK / f"{name}-{seed}", 0.0, 0, 0
+    previous: Path | None = None
+    for n in range(row.rounds):
+        data = pairs_for(name, row, seed, n, previous)
+        generated += data[1]
+        out = folder if row.rounds == 1 else folder / f"round-{n}"
+        extra = [f"data.path={data[0]}", f"train.seed={seed}", "evaluate.enabled=false"]
+        if previous is not None:  # go on from the last round; the reference moves along
+            extra.append(f"model.lora.path={previous}")
+        metrics = train_once([*row.overrides, *extra], out)
+        seconds, passes, previous = seconds + metrics["train_seconds"], passes + metrics["denoiser_passes"], out
+    return measured(name, folder if row.rounds == 1 else folder / f"round-{row.rounds - 1}", "shapes:test") | {
+        "seed": seed,
+        "train_seconds": round(seconds, 1),
+        "denoiser_passes": passes,
+        "images_generated": generated,
+    }
+
+
+def pairs_for(name: str, row: Row, seed: int, n: int, previous: Path | None) -> tuple[str, int]:
+    """The pairs of a round, made where they are missing, and how many images that took."""
+    from diffalign.recipes import PairsConfig, make_pairs
+    from diffalign.spec import validate
+
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from build_assets import PAIRS
+
+    if not row.pairs:
+        return "shapes-pairs", PAIRS["num_prompts"] * PAIRS["images_per_prompt"]
+    # fixed sets are shared by the seeds; fresh ones come from the seed's own model
+    folder = WORK / (f"pairs-{name}" if row.rounds == 1 else f"pairs-{name}-{seed}-{n}")
+    settings = {**PAIRS, "seed": 7 + 100 * n, **row.pairs, "output_dir": str(folder)}
+    if previous is not None:
+        settings |= {"adapter": str(previous), "model": {"path": "shapes-unet", "lora": lora_spec()}}
+    config = validate(PairsConfig, settings)
+    make_pairs(config)
+    return str(folder), config.num_prompts * config.images_per_prompt
+
+
+def lora_spec() -> dict[str, Any]:
+    from diffalign.spec import load_yaml
+
+    return load_yaml(CONFIG)["model"]["lora"]
+
+
+def train_once(overrides: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Train in this process; a finished run is read back, an unfinished one goes on."""
+    from diffalign.recipes import TrainConfig, train
+    from diffalign.spec import load
+
+    if (folder / "metrics.json").exists():
+        return json.loads((folder / "metrics.json").read_text())
+    return train(load(TrainConfig, CONFIG, [*overrides, f"output_dir={folder}", "resume_from=auto"])).metrics
+
+
+def measured(name: str, run: Path | None, prompts: str, count: int = PROMPTS) -> dict[str, Any]:
+    """Per-prompt means of every value, of a run or of the base."""
+    from diffalign import stats
+    from diffalign.recipes import EvaluateSpec, TrainConfig, build_model, make_scorers, prompts_of
+    from diffalign.spec import load
+    from diffalign.train.evaluate import evaluate
+
+    config = load(TrainConfig, CONFIG if run is None else run / "config.resolved.yaml", ["output_dir=unused"])
+    spec: EvaluateSpec = config.evaluate
+    scorers = make_scorers(ROWS[name].scorers if name in ROWS else ("shapes", "taste:size"))
+    model = build_model(config.model)
+    if run is not None:
+        model.restore(run)
+    said = prompts_of(prompts, count, spec.seed)
+    result = evaluate(model, said, scorers, spec.sampling, per_prompt=PER_PROMPT, seed=spec.seed)
+    return {
+        "row": name,
+        "values": {k: [round(x, 6) for x in v.mean(1).tolist()] for k, v in result.values.items()},
+        "diversity": stats.diversity(result.images.double() / 255),
+        "hashes": hashes(spec, said) | {"config": digest((Path(run) / "config.resolved.yaml").read_bytes()) if run else ""},
+    }
+
+
+def control(name: str) -> dict[str, Any]:
+    """The base with its ceiling, or the best of four of its samples by the learned reward."""
+    import torch
+
+    from diffalign.recipes import TrainConfig, build_model, ceiling, make_scorers, prompts_of
+    from diffalign.spec import load
+    from diffalign.train.evaluate import Evaluation, evaluate, score_images
+
+    out = measured(name, None, "shapes:test") if name == "base" else {}
+    config = load(TrainConfig, CONFIG, ["output_dir=unused"])
+    model, said = build_model(config.model), prompts_of("shapes:test", PROMPTS, config.evaluate.seed)
+    judge = make_scorers(("shapes", "taste:size"))
+    texts = tuple(p.text for p in said)
+    if name == "base":
+        blank = Evaluation(texts, {}, torch.zeros(PROMPTS, 1, 3, 32, 32, dtype=torch.uint8))
+        top = ceiling(model, blank, judge)
+        return out | {"ceiling": {k: v.mean().item() for k, v in top.values.items()}}
+    four = evaluate(model, said, make_scorers(("clip:shapes-clip",)), config.evaluate.sampling, per_prompt=8, seed=2000)
+    best = four.values["clip"].view(PROMPTS, PER_PROMPT, 4).argmax(-1)  # two independent groups of four
+    chosen = four.images.view(PROMPTS, PER_PROMPT, 4, *four.images.shape[2:])
+    images = chosen[torch.arange(PROMPTS)[:, None], torch.arange(PER_PROMPT)[None], best]
+    values = score_images(judge, texts, images)
+    from diffalign import stats
+
+    return {
+        "row": name,
+        "values": {k: [round(x, 6) for x in v.mean(1).tolist()] for k, v in values.items()},
+        "diversity": stats.diversity(images.double() / 255),
+        "hashes": hashes(config.evaluate, said) | {"config": ""},
+    }
+
+
+def trial(name: str, overrides: Sequence[str]) -> None:
+    """One setting on the select split; every trial is counted."""
+    row = ROWS[name]
+    folder = WORK / "trials" / digest(" ".join([name, *overrides]).encode())
+    data, _ = pairs_for(name, row, 0, 0, None)
+    shutil.rmtree(folder, ignore_errors=True)
+    metrics = train_once([*row.overrides, f"data.path={data}", "train.seed=0", "evaluate.enabled=false", *overrides], folder)
+    found = measured(name, folder, "shapes:select", 256)
+    base = RESULTS / "select-base.json"
+    if not base.exists():
+        write(base, measured("base", None, "shapes:select", 256))
+    before = json.loads(base.read_text())["values"]
+    means = {k: sum(v) / len(v) for k, v in found["values"].items()}
+    line = {
+        "row": name,
+        "overrides": list(overrides),
+        "train_seconds": metrics["train_seconds"],
+        **{k: round(m, 4) for k, m in means.items()},
+        **{f"{k}_gain": round(m - sum(before[k]) / len(before[k]), 4) for k, m in means.items() if k in ("exact", "score")},
+    }
+    with (RESULTS / "trials.jsonl").open("a") as f:
+        f.write(json.dumps(line) + "\n")
+    print(json.dumps(line))
+
+
+# --- hashes and files -----------------------------------------------------------------------------------------------
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+def hashes(spec: Any, prompts: Sequence[Any]) -> dict[str, str]:
+    """What must agree between rows that stand in one table."""
+    from diffalign.shapes import asset
+
+    weights = b"".join(p.read_bytes() for p in sorted(asset("shapes-unet").rglob("*.safetensors")))
+    return {
+        "assets": digest(weights),
+        "prompts": digest(json.dumps([p.id for p in prompts]).encode()),
+        "evaluation": digest(spec.sampling.model_dump_json().encode() + str((spec.seed, PER_PROMPT)).encode()),
+    }
+
+
+def write(path: Path, value: dict[str, Any]) -> None:
+    from diffalign.data.files import write_text
+
+    write_text(path, json.dumps(value) + "\n")
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+
+def write_table() -> str:
+    """The leaderboard as Markdown, also written to docs/leaderboard.md."""
+    import torch
+
+    from diffalign import stats
+
+    base = json.loads((RESULTS / "base.json").read_text())
+    trials = (
+        [json.loads(x) for x in (RESULTS / "trials.jsonl").read_text().splitlines()]
+        if (RESULTS / "trials.jsonl").exists()
+        else []
+    )
+    top, low = base["ceiling"]["exact"], mean(base["values"]["exact"])
+    lines = [
+        "| row | seeds | exact | gain in exact, 95 % | each seed | gap closed | facts | clean | size | diversity | passes | s | trials |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    gains: dict[str, torch.Tensor] = {}
+    for name, what in {**CONTROLS, **{k: r.what for k, r in ROWS.items()}}.items():
+        files = [RESULTS / f"{name}.json"] if name in CONTROLS else [RESULTS / f"{name}-{s}.json" for s in SEEDS]
+        runs = [json.loads(f.read_text()) for f in files if f.exists()]
+        if not runs:
+            continue
+        for run in runs:
+            if any(run["hashes"][k] != base["hashes"][k] for k in ("assets", "prompts", "evaluation")):
+                raise SystemExit(f"{name}: its hashes differ from the base's; delete its results and run it again")
+        exact = torch.tensor([r["values"]["exact"] for r in runs])
+        gain = exact - torch.tensor(base["values"]["exact"])
+        gains[name] = gain
+        e = stats.bootstrap_mean(gain)
+        others = [f"{mean([mean(r['values'][k]) for r in runs]):.3f}" for k in ("score", "cleanliness", "taste_size")]
+        tried = sum(t["row"] == name for t in trials)
+        cost = [f"{mean([r[k] for r in runs]):.0f}" if k in runs[0] else "" for k in ("denoiser_passes", "train_seconds")]
+        shown = "" if name == "base" else f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]"
+        each = "" if name in CONTROLS else ", ".join(f"{g:+.3f}" for g in gain.mean(1).tolist())
+        closed = "" if name == "base" else f"{100 * e.value / (top - low):.1f} %"
+        diverse = f"{mean([r['diversity'] for r in runs]):.3f}"
+        cells = [what, str(len(runs)), f"{exact.mean():.3f}", shown, each, closed, *others, diverse, *cost, str(tried)]
+        lines.append(f"| {' | '.join(cells)} |")
+    out = ["\n".join(lines), f"Ceiling (perfect drawings through the base's autoencoder): exact {top:.3f}."]
+    if "dpo-lora" in gains:
+        for other in ("sft-winners", "dpo-shuffled", "mapo-lora", "dpo-clip", "dpo-more", "dpo-rounds", "dpo-full"):
+            if other in gains and gains[other].shape == gains["dpo-lora"].shape:
+                e = stats.bootstrap_mean(gains["dpo-lora"] - gains[other])
+                out.append(f"DPO with LoRA over {other}: {e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}] in exact.")
+    text = "\n\n".join(out)
+    head = (
+        "# Leaderboard\n\nA world of 32 px and a model of 3 million parameters: it says which method works and why, and does"
+        " not predict beta, learning rate or rank for large models.\n\n"
+        f"{PROMPTS} test prompts x {PER_PROMPT} seeds, paired with the base at the same seeds; intervals are a bootstrap over"
+        " prompts crossed with training seeds. Settings were chosen on the select split; `trials` counts how many were"
+        " tried. Passes: forwards of one image through the denoiser, a backward counted twice, policy and reference."
+        " Printed by `python benchmarks/leaderboard.py table`.\n\n"
+    )
+    (ROOT / "docs").mkdir(exist_ok=True)
+    (ROOT / "docs" / "leaderboard.md").write_text(head + text + "\n")
+    return text
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Tiny models of the stock classes, built in code: nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import hypothesis
+import numpy as np
+import pytest
+from PIL import Image
+
+hypothesis.settings.register_profile("diffalign", deadline=None, max_examples=25, derandomize=True)
+hypothesis.settings.load_profile("diffalign")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_each(tmp_path_factory: pytest.TempPathFactory) -> None:
+    import torch
+
+    torch.set_num_threads(2)
+    os.environ["DIFFALIGN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def build_tiny(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
+    """A random pipeline of 32 px with a UNet of one narrow level."""
+    import torch
+
+    from diffalign.shapes import build
+
+    torch.manual_seed(seed)
+    tok = build.tokenizer(folder / "made-from")
+    pipe = build.pipeline(
+        build.unet((16,), text_dim=32),
+        build.vae((8, 8, 8)),
+        build.text_encoder(len(tok), hidden=32, layers=1),
+        tok,
+        prediction_type=prediction_type,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny(tmp_path_factory.mktemp("tiny-v"), "v_prediction")
+
+
+def picture(seed: int, size: int = 32) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8))
+
+
+@pytest.fixture(scope="session")
+def pairs_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 pairs of random pictures with captions of the built-in world."""
+    from diffalign.shapes import sample_prompts
+
+    folder = tmp_path_factory.mktemp("pairs")
+    lines = ["prompt,chosen,rejected"]
+    for i, prompt in enumerate(sample_prompts(40, "train")):
+        for side in ("w", "l"):
+            picture(2 * i + (side == "l")).save(folder / f"{i}{side}.png")
+        lines.append(f'"{prompt}",{i}w.png,{i}l.png')
+    (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
+    return folder / "pairs.csv"
+
+
+@pytest.fixture
+def overrides(tiny: Path, pairs_csv: Path, tmp_path: Path) -> list[str]:
+    """What makes any training configuration small."""
+    return [
+        f"model.path={tiny}",
+        f"data.path={pairs_csv}",
+        "train.max_steps=2",
+        "train.per_device_train_batch_size=4",
+        "evaluate.num_prompts=3",
+        "evaluate.images_per_prompt=2",
+        "evaluate.select_prompts=2",
+        "evaluate.sampling.num_inference_steps=2",
+        f"output_dir={tmp_path / 'run'}",
+    ]

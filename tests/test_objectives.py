@@ -1,0 +1,118 @@
+"""Objectives: closed forms, symmetries, and the checks that every one must pass."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffalign.objectives import OBJECTIVES, SFT, MaPO, Objective, PairTerms, Sigmoid, Total, pair_metrics
+from diffalign.testing import check_objective, random_terms
+
+# a row for every objective of the table
+EXAMPLES: dict[str, Objective] = {
+    "sigmoid": Sigmoid(beta=500),
+    "mapo": MaPO(),
+    "sft": SFT(),
+}
+
+
+def test_every_objective_has_a_row() -> None:
+    assert EXAMPLES.keys() == OBJECTIVES.options.keys()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_contract(name: str) -> None:
+    check_objective(EXAMPLES[name])
+
+
+def terms(w: float, l: float, rw: float | None = None, rl: float | None = None) -> PairTerms:  # noqa: E741
+    one = lambda v: None if v is None else torch.tensor([v], dtype=torch.double)  # noqa: E731
+    return PairTerms(one(w), one(l), one(rw), one(rl), torch.tensor([0.3]))
+
+
+def test_dpo_is_ln_2_where_policy_is_reference() -> None:
+    t = random_terms(frozenset({"loser", "reference"}))
+    at_start = replace(t, winner=t.ref_winner, loser=t.ref_loser)
+    out = Sigmoid(beta=5000)(at_start, {})
+    assert out.loss.tolist() == [math.log(2)] * 8
+    assert pair_metrics(at_start)["margin"].tolist() == [0.0] * 8
+    assert pair_metrics(at_start)["accuracy"].tolist() == [0.5] * 8
+
+
+def test_dpo_golden_value() -> None:
+    """m = (0.30 - 0.28) - (0.19 - 0.20) = 0.03; log(1 + exp(-0.5 * 100 * 0.03)) by hand."""
+    out = Sigmoid(beta=100, kappa=0.5)(terms(0.19, 0.30, 0.20, 0.28), {})
+    assert out.loss.item() == pytest.approx(math.log1p(math.exp(-1.5)), rel=1e-12)
+
+
+def test_kappa_and_beta_only_matter_as_a_product() -> None:
+    t = random_terms(frozenset({"loser", "reference"}))
+    torch.testing.assert_close(Sigmoid(beta=5000, kappa=0.5)(t, {}).loss, Sigmoid(beta=2500, kappa=1.0)(t, {}).loss)
+
+
+@given(st.lists(st.floats(0.01, 1.0), min_size=4, max_size=4))
+def test_swapping_winner_and_loser_flips_the_margin(e: list[float]) -> None:
+    t = terms(*e)
+    swapped = PairTerms(t.loser, t.winner, t.ref_loser, t.ref_winner, t.t)
+    assert pair_metrics(swapped)["margin"].item() == pytest.approx(-pair_metrics(t)["margin"].item(), abs=1e-12)
+    lost, won = Sigmoid(beta=10)(swapped, {}).loss.item(), Sigmoid(beta=10)(t, {}).loss.item()
+    margin = pair_metrics(t)["margin"].item()
+    assert lost - won == pytest.approx(5 * margin, abs=1e-9)  # softplus(z) - softplus(-z) = z
+
+
+def test_mapo_golden_value() -> None:
+    """phi(e) = s e / (exp(s e) - 1), written out plainly."""
+    phi = lambda e: 0.5 * e / (math.exp(0.5 * e) - 1)  # noqa: E731
+    logit = 1000 * (phi(0.20) - phi(0.21))
+    wanted = 0.20 + 0.1 * math.log1p(math.exp(-logit))
+    assert MaPO()(terms(0.20, 0.21), {}).loss.item() == pytest.approx(wanted, rel=1e-9)
+
+
+def test_mapo_has_a_limit_at_zero_error_and_no_overflow() -> None:
+    zero, tiny, huge = MaPO()(terms(0.0, 0.0), {}), MaPO()(terms(1e-9, 1e-9), {}), MaPO()(terms(5000.0, 5000.0), {})
+    assert zero.loss.item() == pytest.approx(0.1 * math.log(2))
+    assert tiny.loss.item() == pytest.approx(0.1 * math.log(2), rel=1e-6)
+    assert huge.loss.isfinite().all()
+
+
+def test_sft_is_the_winners_error_and_asks_for_nothing_else() -> None:
+    assert SFT()(PairTerms(torch.tensor([0.2, 0.4])), {}).loss.tolist() == pytest.approx([0.2, 0.4])
+    assert SFT.needs == frozenset()
+
+
+def test_a_sum_weights_its_parts_and_joins_their_needs() -> None:
+    t = random_terms(frozenset({"loser", "reference"}))
+    both = Total((Sigmoid(beta=100), SFT(weight=0.25)))
+    torch.testing.assert_close(both(t, {}).loss, Sigmoid(beta=100)(t, {}).loss + 0.25 * t.winner)
+    assert both.needs == {"loser", "reference"}
+
+
+def test_drift_is_policy_minus_reference() -> None:
+    m = pair_metrics(terms(0.25, 0.30, 0.20, 0.28))
+    assert m["drift/winner"].item() == pytest.approx(0.05)
+    assert m["drift/loser"].item() == pytest.approx(0.02)
+    assert m["margin"].item() == pytest.approx(-0.03)
+    assert m["margin/q2"].item() == pytest.approx(-0.03)
+    assert m["margin/q1"].isnan().all()
+
+
+class Broken(Objective):
+    """Averages over the batch before the nonlinearity: a published bug."""
+
+    needs = frozenset({"loser", "reference"})
+
+    def __call__(self, terms, state):  # type: ignore[no-untyped-def]
+        from diffalign.objectives import LossOutput
+
+        margin = ((terms.ref_winner - terms.winner) - (terms.ref_loser - terms.loser)).mean()
+        return LossOutput(-torch.nn.functional.logsigmoid(margin).expand(len(terms.winner)))
+
+
+def test_the_test_kit_catches_a_batch_mean_inside_the_loss() -> None:
+    with pytest.raises(AssertionError, match="rows"):
+        check_objective(Broken())
