@@ -288,7 +288,8 @@ def write_table() -> str:
     )
     top, low = base["ceiling"]["exact"], mean(base["values"]["exact"])
     lines = [
-        "| row | seeds | exact | gain in exact, 95 % | each seed | gap closed | facts | clean | size | diversity | passes | s | trials |",
+        "| row | seeds | exact | gain in exact, 95 % | each seed | gap closed | facts | clean | size | diversity"
+        " | passes | s | trials |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     gains: dict[str, torch.Tensor] = {}

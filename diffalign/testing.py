@@ -23,8 +23,14 @@ def random_terms(needs: frozenset[str], rows: int = 8, seed: int = 0) -> PairTer
     ref = 0.2 + 0.05 * torch.rand(2, rows, generator=g, dtype=torch.double)
     now = ref + 0.002 * torch.randn(2, rows, generator=g, dtype=torch.double)
     both = "loser" in needs
-    refs: tuple[Tensor | None, Tensor | None] = (ref[0], ref[1] if both else None) if "reference" in needs else (None, None)
-    return PairTerms(now[0], now[1] if both else None, *refs, t=torch.rand(rows, generator=g))
+    seen = "reference" in needs
+    return PairTerms(
+        now[0],
+        now[1] if both else None,
+        ref[0] if seen else None,
+        ref[1] if seen and both else None,
+        t=torch.rand(rows, generator=g),
+    )
 
 
 def rows_of(terms: PairTerms, rows: slice) -> PairTerms:
@@ -36,7 +42,7 @@ def check_objective(objective: Objective) -> None:
     """Assert what holds for every objective; raises AssertionError that says what does not.
 
     It must return one finite loss per row that depends on that row alone, with finite gradients that agree with finite
-    differences; a lower error of the winner must lower the loss; it must use only what it declares in ``needs``; and its
+    differences; from the reference on, a lower error of the winner must lower the loss; it must use only what it declares in ``needs``; and its
     configuration must survive a round trip.
     """
     terms = random_terms(objective.needs)
@@ -61,7 +67,10 @@ def check_objective(objective: Objective) -> None:
             step = 1e-6
             slope = (loss_at(**{name: inputs[name] + step}) - loss_at(**{name: inputs[name] - step})) / (2 * step)
             torch.testing.assert_close(gradient, slope, rtol=1e-4, atol=1e-6, msg=f"the gradient of {name} is wrong")
-    assert (loss_at(winner=inputs["winner"] - 0.01) < out.loss).all(), "a better winner must lower the loss"
+    start = {"winner": terms.ref_winner, "loser": terms.ref_loser} if terms.ref_winner is not None else {}
+    here = {k: v for k, v in {**inputs, **start}.items() if v is not None}
+    better = {**here, "winner": here["winner"] - 1e-5}
+    assert (loss_at(**better) < loss_at(**here)).all(), "from the reference, a slightly better winner must lower the loss"
 
     class Holder(Spec):
         objective: Objective

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -25,7 +26,8 @@ def atomic(path: Path, write: Callable[[Path], Any]) -> Path:
             os.fsync(f.fileno())
         tmp.replace(path)
     except OSError as e:
-        tmp.unlink(missing_ok=True) if os.access(tmp.parent, os.W_OK) else None
+        with contextlib.suppress(OSError):
+            tmp.unlink(missing_ok=True)
         raise DiffalignError(f"cannot write {path}: {e.strerror or e}", hint="free some space or choose another folder") from e
     except BaseException:
         tmp.unlink(missing_ok=True)

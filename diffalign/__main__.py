@@ -1,0 +1,5 @@
+"""``python -m diffalign``."""
+
+from diffalign.cli import main
+
+main(prog_name="diffalign")

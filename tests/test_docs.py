@@ -1,0 +1,114 @@
+"""Every command and every Python block of the documents runs, with tiny models in the place of large ones."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from diffalign.cli import main
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = [
+    (page.name, line)
+    for page in PAGES
+    for line in dict.fromkeys(
+        m.strip() for m in re.findall(r"^ {4}(diffalign .+)$|^(diffalign .+)$", page.read_text(), re.M) for m in m if m
+    )
+]
+
+
+def stand_ins(line: str, tmp_path: Path, tiny: Path, pairs_csv: Path, finished: Path) -> list[str]:
+    """The words of a command with placeholders and large things replaced."""
+    (tmp_path / "prompts.txt").write_text("a red circle on a grey background\na blue cross on a white background\n")
+    line = line.partition(" #")[0]
+    for name, value in {
+        "YOUR_MODEL": str(tiny),
+        "YOUR_PAIRS": str(pairs_csv),
+        "YOUR_PROMPTS.txt": str(tmp_path / "prompts.txt"),
+        "CONFIG.yaml": "configs/shapes-dpo.yaml",
+        "runs/quickstart": str(finished),
+    }.items():
+        line = line.replace(name, value)
+    return shlex.split(line)[1:]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny: Path, pairs_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("docs") / "run"
+    small = ["train.max_steps=1", "evaluate.num_prompts=2", "evaluate.sampling.num_inference_steps=1"]
+    args = ["train", str(ROOT / "configs/shapes-dpo.yaml"), f"model.path={tiny}", f"data.path={pairs_csv}", *small]
+    result = CliRunner().invoke(main, [*args, f"output_dir={folder}"])
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS)
+def test_command(
+    page: str,
+    line: str,
+    tmp_path: Path,
+    tiny: Path,
+    pairs_csv: Path,
+    finished: Path,
+    overrides: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = stand_ins(line, tmp_path, tiny, pairs_csv, finished)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "my_losses.py").write_text(next(b for b in blocks("CONTRIBUTING.md") if "my_losses.py" in b))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    given = {w.partition("=")[0] for w in words}
+    if words[0] == "train":
+        keep = [o for o in overrides if o.partition("=")[0] not in given - {"model.path", "data.path"}]
+        words = [
+            *words,
+            *(o for o in keep if not (o.startswith(("model.path", "data.path")) and o.partition("=")[0] in given)),
+        ]
+    if words[0] == "generate":
+        words += [] if "model.path" in given else [f"model.path={tiny}"]
+        words += ["sampling.num_inference_steps=1", "num_prompts=2"]
+    if words[0] == "evaluate":
+        words += ["sampling.num_inference_steps=1", "num_prompts=2"]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+
+
+def blocks(page: str) -> list[str]:
+    path = ROOT / page if (ROOT / page).exists() else ROOT / "docs" / page
+    return re.findall(r"^```python\n(.*?)^```", path.read_text(), re.S | re.M)
+
+
+def test_the_documented_plug_in_and_its_check_run(tmp_path: Path) -> None:
+    loss, check = (b for b in blocks("CONTRIBUTING.md") if "Hinge" in b)
+    (tmp_path / "my_losses.py").write_text(loss)
+    (tmp_path / "check.py").write_text(check)
+    done = subprocess.run([sys.executable, "check.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_documented_diff_is_a_real_objective(tmp_path: Path) -> None:
+    """The lines that the diff adds make a class that passes the checks of every objective."""
+    diff = re.search(r"^```diff\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.S | re.M)
+    assert diff is not None
+    added = [x[1:] for x in diff[1].splitlines() if x.startswith("+") and not x.startswith("+++")]
+    body = "\n".join(x for x in added if not x.startswith(('        "ipo"', '    "ipo"')))
+    source = (ROOT / "diffalign/objectives/pairwise.py").read_text()
+    (tmp_path / "with_ipo.py").write_text(
+        source + "\n\n" + body + "\n\nfrom diffalign.testing import check_objective\ncheck_objective(IPO())\n"
+    )
+    done = subprocess.run([sys.executable, "with_ipo.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(((?!http|#)[^)]+)\)", page.read_text()):
+            assert (page.parent / target.partition("#")[0]).exists(), f"{page.name}: {target}"
