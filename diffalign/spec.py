@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import GenericAlias
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import yaml
@@ -61,8 +62,8 @@ class Choice:
 
     def one_or_more(self) -> Any:
         """A field type that takes one value or a list of them and holds a tuple; one is written back as one."""
-        base = self.base
-        many: TypeAdapter[tuple[Spec, ...]] = TypeAdapter(tuple[Annotated[base, self], ...])  # type: ignore[valid-type]
+        held: Any = GenericAlias(tuple, (self.base, ...))
+        many: TypeAdapter[tuple[Spec, ...]] = TypeAdapter(tuple[Annotated[self.base, self], ...])  # type: ignore[name-defined]
 
         def read(value: Any) -> Any:
             if isinstance(value, list | tuple):
@@ -76,9 +77,7 @@ class Choice:
             return out[0] if len(out) == 1 else out
 
         schema = {"anyOf": [one := self.json_schema(), {"type": "array", "items": one, "minItems": 1}]}
-        return Annotated[
-            tuple[base, ...], PlainValidator(read), PlainSerializer(write), WithJsonSchema(schema), _Options(self)
-        ]
+        return Annotated[held, PlainValidator(read), PlainSerializer(write), WithJsonSchema(schema), _Options(self)]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         return core_schema.no_info_plain_validator_function(

@@ -41,9 +41,9 @@ def rows_of(terms: PairTerms, rows: slice) -> PairTerms:
 def check_objective(objective: Objective) -> None:
     """Assert what holds for every objective; raises AssertionError that says what does not.
 
-    It must return one finite loss per row that depends on that row alone, with finite gradients that agree with finite
-    differences; from the reference on, a lower error of the winner must lower the loss; it must use only what it declares in ``needs``; and its
-    configuration must survive a round trip.
+    It must return one finite loss per row that depends on that row alone, with gradients that agree with finite differences;
+    from the reference on, a lower error of the winner must lower the loss; it must use only what it declares in ``needs``;
+    and its configuration must survive a round trip.
     """
     terms = random_terms(objective.needs)
     out = objective(terms, {})

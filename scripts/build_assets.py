@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from diffalign.shapes import build
 from diffalign.shapes.render import draw
-from diffalign.shapes.scene import BACKGROUNDS, COLOURS, PHRASINGS, RELATIONS, SHAPES, Scene, Thing, sample_scenes
+from diffalign.shapes.scene import BACKGROUNDS, COLOURS, INVERSE, PHRASINGS, RELATIONS, SHAPES, Scene, Thing, sample_scenes
 
 SEED = 0
 BATCH = 64
@@ -44,6 +44,7 @@ def train(
     *,
     ema: float = 0.0,
     warmup: int = 100,
+    stop: int | None = None,
     save_every_s: float = 120,
     weight_decay: float = 0.01,
 ) -> None:
@@ -73,7 +74,7 @@ def train(
     net.train()
     last, shown = time.monotonic(), None
     bar = tqdm(total=steps, initial=step, desc=name, mininterval=10)
-    while step < steps:
+    while step < (stop or steps):
         torch.manual_seed(SEED * 1_000_003 + step)
         for group in opt.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
@@ -85,10 +86,11 @@ def train(
         if avg is not None:
             avg.update_parameters(net)
         step += 1
-        shown = float(value) if shown is None else 0.99 * shown + 0.01 * float(value)
+        now = value.item()
+        shown = now if shown is None else 0.99 * shown + 0.01 * now
         bar.update()
         bar.set_postfix(loss=f"{shown:.4f}", refresh=False)
-        if time.monotonic() - last > save_every_s or step == steps:
+        if time.monotonic() - last > save_every_s or step == (stop or steps):
             save()
             last = time.monotonic()
     bar.close()
@@ -127,6 +129,28 @@ def build_vae(work: Path) -> Any:
     return net
 
 
+def build_decoder(work: Path) -> Any:
+    """More training for the decoder alone: the latents, and so the UNet, stay as they are."""
+    from diffusers import AutoencoderKL
+
+    net = AutoencoderKL.from_pretrained(work / "vae")
+    _, images = scenes_and_images(60_000, 1)
+    decoder = nn.ModuleDict({"decoder": net.decoder, "post": net.post_quant_conv})
+
+    def loss(step: int) -> Tensor:
+        x = pixels(images[torch.randint(len(images), (64,)).numpy()])
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                z = net.encode(x).latent_dist.mean
+            out = net.decode(z + 0.03 * torch.randn_like(z)).sample
+        diff = out.float() - x
+        return diff.abs().mean() + diff.square().mean()
+
+    train("decoder", work, decoder, loss, steps=1200, lr=1e-3, ema=0.995)
+    net.save_pretrained(work / "vae")
+    return net
+
+
 def corrupt(scene: Scene, rng: np.random.Generator) -> Scene:
     """State a wrong fact now and then: the base is to fail by chance, not by ignorance.
 
@@ -152,6 +176,18 @@ def corrupt(scene: Scene, rng: np.random.Generator) -> Scene:
             return out
 
 
+LAYOUT = [f"{side} {word}" for side in RELATIONS for word in (*COLOURS, *SHAPES)]
+
+
+def layout_of(scene: Scene) -> Tensor:
+    """What a caption says of each side: one flag per (side, colour) and (side, shape)."""
+    out = torch.zeros(len(LAYOUT))
+    if scene.relation is not None:
+        for thing, side in zip(scene.things, (scene.relation, INVERSE[scene.relation]), strict=True):
+            out[LAYOUT.index(f"{side} {thing.colour}")] = out[LAYOUT.index(f"{side} {thing.shape}")] = 1.0
+    return out
+
+
 def build_unet(work: Path) -> Any:
     from diffusers import AutoencoderKL
 
@@ -175,8 +211,8 @@ def build_unet(work: Path) -> Any:
     weight = (1 / abar).clamp(max=20.0)
     weight /= weight.mean()
 
-    def loss(step: int) -> Tensor:
-        rng = np.random.default_rng((SEED, 3, step))
+    def loss(step: int, aside: float = 0.0) -> Tensor:
+        rng = np.random.default_rng((SEED, 3 if not aside and weight.max() > 1 else 6 if not aside else 8, step))
         rows = rng.integers(len(latents), size=BATCH)
         said = [corrupt(s.turned() if rng.random() < 0.5 else s, rng) for s in (scenes[i] for i in rows)]
         text = ["" if rng.random() < 0.1 else s.caption(int(rng.integers(PHRASINGS))) for s in said]
@@ -184,10 +220,26 @@ def build_unet(work: Path) -> Any:
         x0, t = latents[torch.from_numpy(rows)].float(), torch.randint(0, 1000, (BATCH,))
         eps = torch.randn_like(x0)
         x = noise.add_noise(x0, eps, t)
-        out = net["unet"](x, t, net["text"](ids)[0]).sample
-        return ((out - eps).square().mean(dim=(1, 2, 3)) * weight[t]).mean()
+        words = net["text"](ids)[0]
+        out = net["unet"](x, t, words).sample
+        value = ((out - eps).square().mean(dim=(1, 2, 3)) * weight[t]).mean()
+        if aside:
+            ended = (ids == tok.eos_token_id).float()
+            wanted = torch.stack([layout_of(s) if line else torch.zeros(len(LAYOUT)) for s, line in zip(said, text, strict=True)])
+            miss = nn.functional.binary_cross_entropy_with_logits(
+                net["said"](words), wanted[:, None].expand(-1, ids.shape[1], -1), reduction="none"
+            ).mean(-1)
+            value = value + aside * (miss * ended).sum() / ended.sum()
+        return value
 
-    train("unet", work, net, loss, steps=10_000, lr=8e-4, ema=0.9995)
+    train("unet", work, net, loss, steps=10_000, lr=8e-4, ema=0.9995, stop=8232)
+    weight = torch.ones_like(abar)  # layout is learnt; now the plain noise error, which draws outlines
+    train("unet-2", work, net, loss, steps=3000, lr=8e-4, ema=0.999)
+    # Which object stands where is hardly worth anything to a denoiser that cannot read it off the text yet, and so it stays
+    # at chance. Let the text encoder say it plainly, at every token from the end of the text on, and weight high noise again.
+    net = nn.ModuleDict({**net, "said": nn.Linear(128, len(LAYOUT))})
+    weight = (1 / abar).clamp(max=8.0)
+    train("unet-3", work, net, lambda step: loss(step, aside=0.05), steps=2600, lr=6e-4, ema=0.998)
     net["unet"].save_pretrained(work / "unet")
     net["text"].save_pretrained(work / "text_encoder")
     return net
@@ -230,8 +282,8 @@ def pack(work: Path) -> None:
 
     tok = build.tokenizer(work / "tokenizer")
     net = nn.ModuleDict({"unet": build.unet((48, 96)), "text": build.text_encoder(len(tok))})
-    average = torch.load(work / "unet.pt", weights_only=True)["avg"]
-    net.load_state_dict({k.removeprefix("module."): v for k, v in average.items() if k != "n_averaged"})
+    average = torch.load(work / "unet-3.pt", weights_only=True)["avg"]
+    net.load_state_dict({k.removeprefix("module."): v for k, v in average.items() if k.startswith(("module.unet", "module.text"))})
     pipe = build.pipeline(net["unet"], AutoencoderKL.from_pretrained(work / "vae"), net["text"], tok).to(dtype=torch.float16)
     pipe.save_pretrained(ASSETS / "shapes-unet", safe_serialization=True)
     print("shapes-unet", sum(f.stat().st_size for f in (ASSETS / "shapes-unet").rglob("*") if f.is_file()) / 1e6, "MB")
@@ -255,6 +307,7 @@ def build_pairs(work: Path) -> None:
 def main() -> None:
     stages: dict[str, Callable[[Path], Any]] = {
         "vae": build_vae,
+        "decoder": build_decoder,
         "unet": build_unet,
         "pack": pack,
         "clip": build_clip,

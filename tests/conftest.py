@@ -22,7 +22,7 @@ hypothesis.settings.load_profile("diffalign")
 def _one_thread_each(tmp_path_factory: pytest.TempPathFactory) -> None:
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     os.environ["DIFFALIGN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 

@@ -24,19 +24,31 @@ COMMANDS = [
 ]
 
 
-def stand_ins(line: str, tmp_path: Path, tiny: Path, pairs_csv: Path, finished: Path) -> list[str]:
+def stand_ins(line: str, tmp_path: Path, tiny: Path, pairs_csv: Path, finished: Path, clip: Path) -> list[str]:
     """The words of a command with placeholders and large things replaced."""
     (tmp_path / "prompts.txt").write_text("a red circle on a grey background\na blue cross on a white background\n")
     line = line.partition(" #")[0]
     for name, value in {
         "YOUR_MODEL": str(tiny),
         "YOUR_PAIRS": str(pairs_csv),
+        "YOUR_CLIP": str(clip),
         "YOUR_PROMPTS.txt": str(tmp_path / "prompts.txt"),
         "CONFIG.yaml": "configs/shapes-dpo.yaml",
         "runs/quickstart": str(finished),
     }.items():
         line = line.replace(name, value)
     return shlex.split(line)[1:]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from diffalign.shapes import build
+
+    folder = tmp_path_factory.mktemp("clip")
+    tok = build.tokenizer(folder / "made-from")
+    build.clip(len(tok), hidden=16, layers=1).save_pretrained(folder)
+    build.clip_processor(tok).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +69,11 @@ def test_command(
     tiny: Path,
     pairs_csv: Path,
     finished: Path,
+    clip: Path,
     overrides: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    words = stand_ins(line, tmp_path, tiny, pairs_csv, finished)
+    words = stand_ins(line, tmp_path, tiny, pairs_csv, finished, clip)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "my_losses.py").write_text(next(b for b in blocks("CONTRIBUTING.md") if "my_losses.py" in b))
     monkeypatch.chdir(tmp_path)

@@ -163,14 +163,21 @@ def test_a_run_leaves_everything_it_promises(overrides: list[str], tmp_path: Pat
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_training_moves_the_margin_of_what_it_is_trained_on(overrides: list[str]) -> None:
-    """Twelve pairs, many steps: the policy must come to prefer the winners, and shuffled labels must undo that."""
-    more = ["data.limit=12", "data.holdout=0", "train.max_steps=60", "train.learning_rate=3e-3", "evaluate.enabled=false"]
-    run(overrides, *more, "train.per_device_train_batch_size=12", "train.logging_steps=20", "objective.beta=2000")
-    folder = Path(next(o for o in overrides if o.startswith("output_dir=")).partition("=")[2])
-    last = read_metrics(folder)[-1]
-    assert last["accuracy"] > 0.8
-    assert last["margin"] > 0
+def test_training_comes_to_prefer_what_was_preferred(overrides: list[str], tmp_path: Path) -> None:
+    """Bright pictures win over dark ones; after some steps the policy prefers them on pairs it was not trained on."""
+    from PIL import Image
+
+    lines = ["prompt,chosen,rejected"]
+    for i in range(40):
+        Image.new("RGB", (32, 32), (200 + i, 220, 240 - i)).save(tmp_path / f"{i}w.png")
+        Image.new("RGB", (32, 32), (10 + i, 40, 50 - i)).save(tmp_path / f"{i}l.png")
+        lines.append(f"picture {i},{i}w.png,{i}l.png")
+    (tmp_path / "p.csv").write_text("\n".join(lines) + "\n")
+    more = ["model.lora=null", "train.learning_rate=2e-3", "train.max_steps=60", "train.per_device_train_batch_size=8"]
+    result = run(overrides, *more, f"data.path={tmp_path / 'p.csv'}", "data.holdout=0.3", "evaluate.enabled=false")
+    last = read_metrics(result.folder)[-1]
+    assert last["heldout/accuracy"] > 0.8
+    assert last["heldout/margin"] > 0
 
 
 @pytest.mark.parametrize("more", [[], ["model.lora=null", "train.ema_decay=0.9"]], ids=["lora", "full-ema"])
@@ -189,7 +196,7 @@ def test_six_steps_are_three_and_three_bit_for_bit(overrides: list[str], tmp_pat
     optimizers = [torch.load(f / "checkpoint-6" / "optimizer.pt", weights_only=True)["state"] for f in (straight, halves)]
     for i in optimizers[0]:
         assert all(torch.equal(optimizers[0][i][k], optimizers[1][i][k]) for k in ("exp_avg", "exp_avg_sq"))
-    strip = lambda rows: [{k: v for k, v in r.items() if k not in ("images_per_second", "peak_memory_gib")} for r in rows]  # noqa: E731
+    strip = lambda rows: [{k: v for k, v in r.items() if k not in ("images_per_second", "peak_memory_gib")} for r in rows if "loss" in r]  # noqa: E731
     assert strip(read_metrics(straight)) == strip(read_metrics(halves))
 
 

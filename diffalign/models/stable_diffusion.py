@@ -43,7 +43,8 @@ class StableDiffusion:
         check_finite(pipeline.text_encoder, f"{spec.path}/text_encoder")
         self.named_weights = Weights(self.net, spec, self._load_lora)
         self.lora = spec.lora
-        self._abar = self.scheduler.alphas_cumprod.double()
+        abar = self.scheduler.alphas_cumprod.double()
+        self._alpha, self._sigma = abar.sqrt().float(), (1 - abar).sqrt().float()
         self._empty: Cond | None = None
         self.truncated_prompts = 0
 
@@ -69,16 +70,15 @@ class StableDiffusion:
 
     def to(self, device: torch.device) -> Self:
         self.pipeline.to(device)
-        self._empty = None
+        self._alpha, self._sigma, self._empty = self._alpha.to(device), self._sigma.to(device), None
         return self
 
     def timestep(self, u: Tensor) -> Tensor:
         """Fractions of the schedule in [0, 1) to integer timesteps."""
-        return (u.double() * len(self._abar)).long().to(self.device)
+        return (u.double() * len(self._alpha)).long().to(self.device)
 
     def coeffs(self, t: Tensor) -> Coeffs:
-        abar = self._abar.to(self.device)[t]
-        return Coeffs(abar.sqrt().float(), (1 - abar).sqrt().float())
+        return Coeffs(self._alpha[t], self._sigma[t])
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Cond:

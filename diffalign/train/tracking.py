@@ -48,7 +48,7 @@ class Tracker:
         """Per-row values (B,); NaN rows do not count."""
         for name, value in metrics.items():
             seen = ~value.isnan()
-            pair = torch.stack([value.nan_to_num().masked_fill(~seen, 0).sum().double(), seen.sum().double()])
+            pair = torch.stack([value.masked_fill(~seen, 0).float().sum(), seen.float().sum()])
             self.sums[name] = self.sums.get(name, torch.zeros_like(pair)) + pair
         self.images += images
 
@@ -67,7 +67,7 @@ class Tracker:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, and the same to the trackers."""
-        if not self.accelerator.is_main_process:
+        if not values or not self.accelerator.is_main_process:
             return
         values = {k: v for k, v in values.items() if math.isfinite(v)}
         with self.path.open("a") as f:
