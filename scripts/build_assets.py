@@ -8,6 +8,7 @@ Each stage keeps a checkpoint in the work folder every few minutes and goes on f
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -25,7 +26,8 @@ from diffalign.shapes.scene import BACKGROUNDS, COLOURS, INVERSE, PHRASINGS, REL
 
 SEED = 0
 BATCH = 64
-GUIDANCE = 1.0
+GUIDANCE = 1.5
+JOINT_STEPS = 2000
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 
@@ -188,6 +190,33 @@ def layout_of(scene: Scene) -> Tensor:
     return out
 
 
+def teach_sides(work: Path, net: nn.ModuleDict, tok: Any) -> None:
+    """Let the text encoder alone learn to say which object stands on which side; what it said before it keeps saying.
+
+    Order is hardly worth anything to a denoiser that cannot read it off the text yet, and so, without this, relations stay
+    at chance for as long as anyone had the patience to train.
+    """
+    text = net["text"]
+    before = copy.deepcopy(text).eval()
+    both = nn.ModuleDict({"text": text, "said": nn.Linear(text.config.hidden_size, len(LAYOUT))})
+
+    def loss(step: int) -> Tensor:
+        rng = np.random.default_rng((SEED, 9, step))
+        scenes = [s.turned() if rng.random() < 0.5 else s for s in sample_scenes(128, "train", rng, single=0.1)]
+        captions = [s.caption(int(rng.integers(PHRASINGS))) for s in scenes]
+        ids = tok(captions, padding="max_length", max_length=build.MAX_TOKENS, return_tensors="pt").input_ids
+        words, wanted = text(ids)[0], torch.stack([layout_of(s) for s in scenes])
+        with torch.no_grad():
+            kept = before(ids)[0]
+        ended = (ids == tok.eos_token_id).float()
+        miss = nn.functional.binary_cross_entropy_with_logits(
+            both["said"](words), wanted[:, None].expand(-1, ids.shape[1], -1), reduction="none"
+        ).sum(-1)
+        return (miss * ended).sum() / ended.sum() + (words - kept).square().mean()
+
+    train("text", work, both, loss, steps=2500, lr=1e-3, ema=0.99)
+
+
 def build_unet(work: Path) -> Any:
     from diffusers import AutoencoderKL
 
@@ -210,9 +239,10 @@ def build_unet(work: Path) -> Any:
     # the velocity's weight: a plain noise error hardly hears about layout, which is decided where noise is high
     weight = (1 / abar).clamp(max=20.0)
     weight /= weight.mean()
+    stream: tuple[int, ...] = (3,)  # of captions and pictures; another one in each phase
 
-    def loss(step: int, aside: float = 0.0) -> Tensor:
-        rng = np.random.default_rng((SEED, 3 if not aside and weight.max() > 1 else 6 if not aside else 8, step))
+    def loss(step: int) -> Tensor:
+        rng = np.random.default_rng((SEED, *stream, step))
         rows = rng.integers(len(latents), size=BATCH)
         said = [corrupt(s.turned() if rng.random() < 0.5 else s, rng) for s in (scenes[i] for i in rows)]
         text = ["" if rng.random() < 0.1 else s.caption(int(rng.integers(PHRASINGS))) for s in said]
@@ -220,26 +250,15 @@ def build_unet(work: Path) -> Any:
         x0, t = latents[torch.from_numpy(rows)].float(), torch.randint(0, 1000, (BATCH,))
         eps = torch.randn_like(x0)
         x = noise.add_noise(x0, eps, t)
-        words = net["text"](ids)[0]
-        out = net["unet"](x, t, words).sample
-        value = ((out - eps).square().mean(dim=(1, 2, 3)) * weight[t]).mean()
-        if aside:
-            ended = (ids == tok.eos_token_id).float()
-            wanted = torch.stack([layout_of(s) if line else torch.zeros(len(LAYOUT)) for s, line in zip(said, text, strict=True)])
-            miss = nn.functional.binary_cross_entropy_with_logits(
-                net["said"](words), wanted[:, None].expand(-1, ids.shape[1], -1), reduction="none"
-            ).mean(-1)
-            value = value + aside * (miss * ended).sum() / ended.sum()
-        return value
+        out = net["unet"](x, t, net["text"](ids)[0]).sample
+        return ((out - eps).square().mean(dim=(1, 2, 3)) * weight[t]).mean()
 
     train("unet", work, net, loss, steps=10_000, lr=8e-4, ema=0.9995, stop=8232)
-    weight = torch.ones_like(abar)  # layout is learnt; now the plain noise error, which draws outlines
+    stream, weight = (6,), torch.ones_like(abar)  # layout is learnt; now the plain noise error, which draws outlines
     train("unet-2", work, net, loss, steps=3000, lr=8e-4, ema=0.999)
-    # Which object stands where is hardly worth anything to a denoiser that cannot read it off the text yet, and so it stays
-    # at chance. Let the text encoder say it plainly, at every token from the end of the text on, and weight high noise again.
-    net = nn.ModuleDict({**net, "said": nn.Linear(128, len(LAYOUT))})
-    weight = (1 / abar).clamp(max=8.0)
-    train("unet-3", work, net, lambda step: loss(step, aside=0.05), steps=2600, lr=6e-4, ema=0.998)
+    teach_sides(work, net, tok)
+    stream, weight = (3, 8), (1 / abar).clamp(max=8.0)
+    train("unet-3", work, net, loss, steps=JOINT_STEPS, lr=6e-4, ema=0.998)
     net["unet"].save_pretrained(work / "unet")
     net["text"].save_pretrained(work / "text_encoder")
     return net
@@ -283,16 +302,18 @@ def pack(work: Path) -> None:
     tok = build.tokenizer(work / "tokenizer")
     net = nn.ModuleDict({"unet": build.unet((48, 96)), "text": build.text_encoder(len(tok))})
     average = torch.load(work / "unet-3.pt", weights_only=True)["avg"]
-    net.load_state_dict({k.removeprefix("module."): v for k, v in average.items() if k.startswith(("module.unet", "module.text"))})
+    net.load_state_dict(
+        {k.removeprefix("module."): v for k, v in average.items() if k.startswith(("module.unet", "module.text"))}
+    )
     pipe = build.pipeline(net["unet"], AutoencoderKL.from_pretrained(work / "vae"), net["text"], tok).to(dtype=torch.float16)
     pipe.save_pretrained(ASSETS / "shapes-unet", safe_serialization=True)
     print("shapes-unet", sum(f.stat().st_size for f in (ASSETS / "shapes-unet").rglob("*") if f.is_file()) / 1e6, "MB")
 
 
 PAIRS = {
-    "num_prompts": 2000,
+    "num_prompts": 1200,
     "images_per_prompt": 6,
-    "sampling": {"num_inference_steps": 20, "guidance_scale": GUIDANCE, "batch_size": 100},
+    "sampling": {"num_inference_steps": 10, "guidance_scale": GUIDANCE, "batch_size": 100},
 }
 
 

@@ -80,11 +80,7 @@ def test_command(
     monkeypatch.syspath_prepend(str(tmp_path))
     given = {w.partition("=")[0] for w in words}
     if words[0] == "train":
-        keep = [o for o in overrides if o.partition("=")[0] not in given - {"model.path", "data.path"}]
-        words = [
-            *words,
-            *(o for o in keep if not (o.startswith(("model.path", "data.path")) and o.partition("=")[0] in given)),
-        ]
+        words += [o for o in overrides if o.partition("=")[0] not in given]
     if words[0] == "generate":
         words += [] if "model.path" in given else [f"model.path={tiny}"]
         words += ["sampling.num_inference_steps=1", "num_prompts=2"]
