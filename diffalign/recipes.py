@@ -232,11 +232,18 @@ def environment() -> dict[str, Any]:
 
 def make_accelerator(precision: str = "no", report_to: Sequence[str] = (), project: Path | None = None) -> Any:
     """The process group, device and precision, from the environment that accelerate or torchrun set up."""
+    from importlib.util import find_spec
+
     import torch
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    for name in report_to:
+        if find_spec(name) is None:
+            raise ConfigError(f"train.report_to: {name} is not installed", hint=f"pip install {name}, or drop it")
     if precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("train.mixed_precision: fp16 needs a CUDA device", hint="use bf16 or no on this machine")
+    AcceleratorState._reset_state()  # a second run in one process may have another precision
     return Accelerator(mixed_precision=precision, log_with=list(report_to) or None, project_dir=project)
 
 

@@ -148,7 +148,7 @@ def build_decoder(work: Path) -> Any:
         diff = out.float() - x
         return diff.abs().mean() + diff.square().mean()
 
-    train("decoder", work, decoder, loss, steps=1200, lr=1e-3, ema=0.995)
+    train("decoder", work, decoder, loss, steps=900, lr=1e-3, ema=0.995)
     net.save_pretrained(work / "vae")
     return net
 
@@ -307,6 +307,9 @@ def pack(work: Path) -> None:
     )
     pipe = build.pipeline(net["unet"], AutoencoderKL.from_pretrained(work / "vae"), net["text"], tok).to(dtype=torch.float16)
     pipe.save_pretrained(ASSETS / "shapes-unet", safe_serialization=True)
+    # transformers loads what the file says and diffusers float32: make them agree for a plain from_pretrained
+    config = ASSETS / "shapes-unet" / "text_encoder" / "config.json"
+    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     print("shapes-unet", sum(f.stat().st_size for f in (ASSETS / "shapes-unet").rglob("*") if f.is_file()) / 1e6, "MB")
 
 

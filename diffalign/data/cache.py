@@ -48,7 +48,11 @@ class TensorCache:
         """Compute the entries of ``keys`` that are missing: ``make`` gets positions in ``keys`` and returns named stacks."""
         from safetensors.torch import save_file
 
-        missing = list({k: i for i, k in enumerate(keys) if k not in self.entries}.values())
+        first: dict[str, int] = {}
+        for i, key in enumerate(keys):
+            if key not in self.entries:
+                first.setdefault(key, i)
+        missing = list(first.values())
         for start in range(0, len(missing), SHARD):
             rows = missing[start : start + SHARD]
             new: dict[str, dict[str, Tensor]] = {}

@@ -28,7 +28,7 @@ def fit(
 ) -> None:
     """Train to ``max_steps``, early stop or a signal. ``heldout`` measures, ``save`` checkpoints."""
     s, acc, model = state.settings, state.accelerator, state.model
-    saved = time.monotonic()
+    saved, saved_step = time.monotonic(), state.step
     tracker.begin(state.step)
     with _signals() as asked:
         while state.step < s.max_steps and not (s.early_stopping_patience and state.since_best >= s.early_stopping_patience):
@@ -56,12 +56,14 @@ def fit(
             stop = _any_process(acc, bool(asked))
             minutes = (time.monotonic() - saved) / 60
             timed = _any_process(acc, s.save_every_minutes > 0 and minutes >= s.save_every_minutes)
-            if stop or timed or state.step == s.max_steps or (s.save_steps and state.step % s.save_steps == 0):
+            if stop or timed or (s.save_steps and state.step % s.save_steps == 0):
                 save()
-                saved = time.monotonic()
+                saved, saved_step = time.monotonic(), state.step
             if stop:
                 tracker.close()
                 raise Interrupted(f"stopped by {asked[0] if asked else 'a signal'} after step {state.step}")
+    if saved_step != state.step:
+        save()
     tracker.close()
 
 

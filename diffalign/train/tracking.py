@@ -84,7 +84,8 @@ class Tracker:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # not end_training, which would end the process group too
+            tracker.finish()
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
