@@ -190,9 +190,20 @@ def make_scorers(names: Sequence[str]) -> list[Scorer]:
 
 def build_model(spec: ModelSpec) -> Model:
     """Load a model by any kind of path. A LoRA's own path is resolved too."""
+    _quiet()
     if spec.lora is not None and spec.lora.path is not None:
         spec = spec.model_copy(update={"lora": spec.lora.model_copy(update={"path": str(resolve(spec.lora.path))})})
     return load_model(resolve(spec.path, spec.revision), spec)
+
+
+def _quiet() -> None:
+    """Leave the terminal to our own progress bars; truncated prompts are counted and reported by ourselves."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
 
 
 def build_pairs(spec: DataSpec, seed: int) -> tuple[list[Pair], list[Pair]]:

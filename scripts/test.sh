@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
 # Everything that must hold: style, types, floors, tests. Arguments go to pytest: scripts/test.sh -m "not slow"
 set -euo pipefail
-args=("$@")
 . "$(dirname "$0")/setup.sh" "[dev]"
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 ruff check .
 ruff format --check .
 mypy
 lint-imports
-python -m pytest "${args[@]}"
+python -m pytest "$@"
