@@ -6,7 +6,7 @@ from pathlib import Path
 
 from diffalign.errors import DataError
 
-ASSETS = ("shapes-unet", "shapes-clip", "shapes-pairs", "shapes-second")
+ASSETS = ("shapes-unet", "shapes-clip", "shapes-pairs")
 
 
 def asset(name: str) -> Path:
