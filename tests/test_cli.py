@@ -14,7 +14,6 @@ import pytest
 from click.testing import CliRunner, Result
 
 from diffalign.cli import main
-from tests.conftest import picture
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "shapes-dpo.yaml")
 EXE = [sys.executable, "-m", "diffalign"]
@@ -244,7 +243,3 @@ def test_a_scorer_that_gives_nan_is_named(overrides: list[str], tmp_path: Path, 
     done = cli("train", CONFIG, *overrides, "evaluate.scorers=[nan_scores:bad]")
     assert done.exit_code == 2
     assert "scorer bad: no bad for" in done.output
-
-
-def test_pictures_for_tests_differ() -> None:
-    assert picture(0).tobytes() != picture(1).tobytes()
