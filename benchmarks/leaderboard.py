@@ -183,10 +183,16 @@ def measured(name: str, run: Path | None, prompts: str, count: int = PROMPTS) ->
     result = evaluate(model, said, scorers, spec.sampling, per_prompt=PER_PROMPT, seed=spec.seed)
     return {
         "row": name,
-        "values": {k: [round(x, 6) for x in v.mean(1).tolist()] for k, v in result.values.items()},
+        "values": per_prompt(result.values),
         "diversity": stats.diversity(result.images.double() / 255),
         "hashes": hashes(spec, said) | {"config": digest((Path(run) / "config.resolved.yaml").read_bytes()) if run else ""},
     }
+
+
+def per_prompt(values: dict[str, Any]) -> dict[str, list[float]]:
+    """Means over each prompt's images; a value that not all prompts ask for holds those that do."""
+    means = {k: v.mean(1) for k, v in values.items()}
+    return {k: [round(x, 6) for x in v[v.isfinite()].tolist()] for k, v in means.items()}
 
 
 def control(name: str) -> dict[str, Any]:
@@ -205,7 +211,7 @@ def control(name: str) -> dict[str, Any]:
     if name == "base":
         blank = Evaluation(texts, {}, torch.zeros(PROMPTS, 1, 3, 32, 32, dtype=torch.uint8))
         top = ceiling(model, blank, judge)
-        return out | {"ceiling": {k: v.mean().item() for k, v in top.values.items()}}
+        return out | {"ceiling": {k: v.nanmean().item() for k, v in top.values.items()}}
     four = evaluate(model, said, make_scorers(("clip:shapes-clip",)), config.evaluate.sampling, per_prompt=8, seed=2000)
     best = four.values["clip"].view(PROMPTS, PER_PROMPT, 4).argmax(-1)  # two independent groups of four
     chosen = four.images.view(PROMPTS, PER_PROMPT, 4, *four.images.shape[2:])
@@ -215,7 +221,7 @@ def control(name: str) -> dict[str, Any]:
 
     return {
         "row": name,
-        "values": {k: [round(x, 6) for x in v.mean(1).tolist()] for k, v in values.items()},
+        "values": per_prompt(values),
         "diversity": stats.diversity(images.double() / 255),
         "hashes": hashes(config.evaluate, said) | {"config": ""},
     }

@@ -145,7 +145,7 @@ class ShapesScorer:
     """The exact judge as a scorer: exact, score (the share of facts that hold), cleanliness, and each kind of fact."""
 
     name = "shapes"
-    kinds = ("colour", "shape", "count", "background")
+    kinds = ("colour", "shape", "count", "relation", "background")
 
     def __call__(self, batch: Any) -> Any:
         import torch
@@ -161,8 +161,8 @@ class ShapesScorer:
         }
         for kind in self.kinds:
             held = [[ok for fact, ok in v.facts.items() if fact.startswith(kind)] for v in verdicts]
-            values[kind] = [sum(h) / len(h) for h in held]
-        return ScoreBatch({k: torch.tensor(v) for k, v in values.items()})
+            values[kind] = [sum(h) / len(h) if h else float("nan") for h in held]
+        return ScoreBatch({k: torch.tensor(v) for k, v in values.items()}, partial=frozenset({"relation"}))
 
 
 def make_scorers(names: Sequence[str]) -> list[Scorer]:
@@ -344,10 +344,8 @@ def train(config: TrainConfig) -> Run:
                 values["select/score"] = result.score.mean().item()
         return values
 
-    began = time.monotonic()
     fit(state, feed, objective, tracker, heldout, lambda: state.save(folder, resolved))
-    train_seconds = time.monotonic() - began
-    metrics: dict[str, Any] = {"steps": state.step, "denoiser_passes": state.cost, "train_seconds": round(train_seconds, 1)}
+    metrics: dict[str, Any] = {"steps": state.step, "denoiser_passes": state.cost, "train_seconds": round(state.seconds, 1)}
     if main:
         with unwrapped(state), final_weights(model, state.final_weights):
             model.export(folder)
@@ -430,11 +428,19 @@ def write_samples(folder: Path, base: Evaluation, aligned: Evaluation, limit: in
         for name, e in (("base", base), ("aligned", aligned)):
             file = f"{i:03d}-{name}.png"
             to_pil(e.images[i, :1])[0].save(folder / file)
-            row[name] = {"file": file, "values": {k: round(v[i, 0].item(), 4) for k, v in e.values.items()}}
+            row[name] = {
+                "file": file,
+                "values": {k: round(v[i, 0].item(), 4) for k, v in e.values.items() if v[i, 0].isfinite()},
+            }
         rows.append(row)
-    facts = [{k: v.tolist() for k, v in e.values.items()} for e in (base, aligned)]
+    facts = [{k: _listed(v) for k, v in e.values.items()} for e in (base, aligned)]
     write_json(folder / "samples.json", rows)
     write_json(folder / "values.json", {"prompts": list(base.prompts), "base": facts[0], "aligned": facts[1]})
+
+
+def _listed(value: Any) -> list[list[float | None]]:
+    """(P, K) as JSON can say it: null where the prompt does not ask."""
+    return [[x if x == x else None for x in row] for row in value.tolist()]
 
 
 def evaluate_run(target: str, overrides: Sequence[str]) -> tuple[Path, dict[str, Any]]:
@@ -579,6 +585,10 @@ def make_pairs(config: PairsConfig) -> Path:
         if unknown:
             raise ConfigError(f"reward: no scorer gives {sorted(unknown)[0]!r}", hint=f"given: {', '.join(values)}")
         reward = torch.stack([w * values[name] for name, w in config.reward.items()]).sum(0)
+        if not reward.isfinite().all():
+            raise ConfigError(
+                "reward: some prompts do not ask for one of its values", hint="weigh score, exact or cleanliness"
+            )
         rows: dict[str, list[dict[str, Any]]] = {"images": [], "scores": [], "pairs": []}
         for i, prompt in enumerate(mine):
             ids: dict[int, str] = {}

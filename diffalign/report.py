@@ -100,7 +100,10 @@ def _win_matrix(folder: Path) -> list[dict[str, Any]]:
     stored = json.loads(path.read_text())
     out = []
     for name, aligned in stored["aligned"].items():
-        a, b = torch.tensor(aligned), torch.tensor(stored["base"][name])
+        asked = [i for i, row in enumerate(aligned) if None not in row]
+        if not asked:
+            continue
+        a, b = torch.tensor([aligned[i] for i in asked]), torch.tensor([stored["base"][name][i] for i in asked])
         win = stats.win_rate(a, b)
         shares = [(a > b).float().mean().item(), (a == b).float().mean().item(), (a < b).float().mean().item()]
         out.append({"name": name.replace("_", " "), "win": shares[0], "tie": shares[1], "loss": shares[2], **vars(win)})

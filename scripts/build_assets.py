@@ -8,10 +8,10 @@ Each stage keeps a checkpoint in the work folder every few minutes and goes on f
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from diffalign.shapes import build
-from diffalign.shapes.render import draw
+from diffalign.shapes import build, second
+from diffalign.shapes.render import Layout, draw, render, sample_layout
 from diffalign.shapes.scene import BACKGROUNDS, COLOURS, INVERSE, PHRASINGS, RELATIONS, SHAPES, Scene, Thing, sample_scenes
 
 SEED = 0
 BATCH = 64
 GUIDANCE = 1.5
-JOINT_STEPS = 2000
+TRUE_STEPS, WEB_STEPS = 4500, 1000
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 
@@ -153,19 +153,33 @@ def build_decoder(work: Path) -> Any:
     return net
 
 
-def corrupt(scene: Scene, rng: np.random.Generator) -> Scene:
-    """State a wrong fact now and then: the base is to fail by chance, not by ignorance.
+@dataclass(frozen=True)
+class Wrong:
+    """How often a caption states each kind of fact wrongly."""
 
-    A caption is never moved into another split: such a draw is made again.
-    """
+    colour: float = 0.0
+    shape: float = 0.0
+    count: float = 0.0
+    relation: float = 0.0
+    background: float = 0.0
+
+
+# The base is to fail by chance, not by ignorance: it first learns the world, then that captions are not to be trusted.
+TRUE, WEB = Wrong(), Wrong(colour=0.15, shape=0.17, count=0.08, relation=0.24, background=0.05)
+
+
+def corrupt(scene: Scene, wrong: Wrong, rng: np.random.Generator) -> Scene:
+    """State wrong facts now and then. A caption is never moved into another split: such a draw is made again."""
 
     def other(options: Iterable[str], now: str, share: float) -> str:
         return str(rng.choice([o for o in options if o != now])) if rng.random() < share else now
 
     while True:
-        things = tuple(Thing(other(COLOURS, t.colour, 0.08), other(SHAPES, t.shape, 0.10)) for t in scene.things)
-        relation = scene.relation and other(RELATIONS, scene.relation, 0.14)
-        if rng.random() < 0.05:  # miscount
+        things = tuple(
+            Thing(other(COLOURS, t.colour, wrong.colour), other(SHAPES, t.shape, wrong.shape)) for t in scene.things
+        )
+        relation = scene.relation and other(RELATIONS, scene.relation, wrong.relation)
+        if rng.random() < wrong.count:
             if len(things) == 2:
                 things, relation = (things[rng.integers(2)],), None
             else:
@@ -173,7 +187,7 @@ def corrupt(scene: Scene, rng: np.random.Generator) -> Scene:
                     (*things, Thing(*(str(rng.choice(list(o))) for o in (COLOURS, SHAPES)))),
                     str(rng.choice(RELATIONS)),
                 )
-        out = Scene(things, other(BACKGROUNDS, scene.background, 0.04), relation)
+        out = Scene(things, other(BACKGROUNDS, scene.background, wrong.background), relation)
         if len({t.colour for t in things}) == len(things) and out.split() == "train":
             return out
 
@@ -190,31 +204,33 @@ def layout_of(scene: Scene) -> Tensor:
     return out
 
 
-def teach_sides(work: Path, net: nn.ModuleDict, tok: Any) -> None:
-    """Let the text encoder alone learn to say which object stands on which side; what it said before it keeps saying.
+class Said(nn.Module):
+    """A text encoder with a head that reads off its last tokens which object stands on which side.
 
-    Order is hardly worth anything to a denoiser that cannot read it off the text yet, and so, without this, relations stay
-    at chance for as long as anyone had the patience to train.
+    Order is hardly worth anything to a denoiser whose text does not tell it, and nothing teaches the text but the denoiser:
+    without this head both wait for each other, and relations stay at chance.
     """
-    text = net["text"]
-    before = copy.deepcopy(text).eval()
-    both = nn.ModuleDict({"text": text, "said": nn.Linear(text.config.hidden_size, len(LAYOUT))})
 
-    def loss(step: int) -> Tensor:
-        rng = np.random.default_rng((SEED, 9, step))
-        scenes = [s.turned() if rng.random() < 0.5 else s for s in sample_scenes(128, "train", rng, single=0.1)]
-        captions = [s.caption(int(rng.integers(PHRASINGS))) for s in scenes]
-        ids = tok(captions, padding="max_length", max_length=build.MAX_TOKENS, return_tensors="pt").input_ids
-        words, wanted = text(ids)[0], torch.stack([layout_of(s) for s in scenes])
-        with torch.no_grad():
-            kept = before(ids)[0]
-        ended = (ids == tok.eos_token_id).float()
-        miss = nn.functional.binary_cross_entropy_with_logits(
-            both["said"](words), wanted[:, None].expand(-1, ids.shape[1], -1), reduction="none"
-        ).sum(-1)
-        return (miss * ended).sum() / ended.sum() + (words - kept).square().mean()
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__()
+        self.tok = tokenizer
+        self.text = build.text_encoder(len(tokenizer))
+        self.sides = nn.Linear(self.text.config.hidden_size, len(LAYOUT))
 
-    train("text", work, both, loss, steps=2500, lr=1e-3, ema=0.99)
+    def forward(self, captions: list[str], scenes: list[Scene]) -> tuple[Tensor, Tensor]:
+        """The words (B, 20, D) and how badly the head reads the sides from them."""
+        ids = self.tok(captions, padding="max_length", max_length=build.MAX_TOKENS, return_tensors="pt").input_ids
+        words = self.text(ids)[0]
+        wanted = torch.stack([layout_of(s) for s in scenes])[:, None].expand(-1, ids.shape[1], -1)
+        miss = nn.functional.binary_cross_entropy_with_logits(self.sides(words), wanted, reduction="none").sum(-1)
+        ended = (ids == self.tok.eos_token_id) & torch.tensor([bool(c) for c in captions])[:, None]
+        return words, miss[ended].mean()
+
+
+def told(scenes: Iterable[Scene], wrong: Wrong, rng: np.random.Generator) -> tuple[list[Scene], list[str]]:
+    """What is said of pictures, from either side and in any wording; one caption in ten is dropped."""
+    said = [corrupt(s.turned() if rng.random() < 0.5 else s, wrong, rng) for s in scenes]
+    return said, ["" if rng.random() < 0.1 else s.caption(int(rng.integers(PHRASINGS))) for s in said]
 
 
 def build_unet(work: Path) -> Any:
@@ -222,8 +238,7 @@ def build_unet(work: Path) -> Any:
 
     autoencoder = AutoencoderKL.from_pretrained(work / "vae")
     torch.manual_seed(SEED)
-    tok = build.tokenizer(work / "tokenizer")
-    net = nn.ModuleDict({"unet": build.unet((48, 96)), "text": build.text_encoder(len(tok))})
+    net = nn.ModuleDict({"unet": build.unet((48, 96)), "said": Said(build.tokenizer(work / "tokenizer"))})
     net["unet"].to(memory_format=torch.channels_last)
     noise = build.scheduler()
     scenes, images = scenes_and_images(100_000, 2)
@@ -236,32 +251,34 @@ def build_unet(work: Path) -> Any:
         torch.save((z * autoencoder.config.scaling_factor).half(), path)
     latents = torch.load(path, weights_only=True)
     abar = noise.alphas_cumprod
-    # the velocity's weight: a plain noise error hardly hears about layout, which is decided where noise is high
-    weight = (1 / abar).clamp(max=20.0)
-    weight /= weight.mean()
-    stream: tuple[int, ...] = (3,)  # of captions and pictures; another one in each phase
 
-    def loss(step: int) -> Tensor:
-        rng = np.random.default_rng((SEED, *stream, step))
+    def words_only(step: int) -> Tensor:
+        rng = np.random.default_rng((SEED, 6, step))
+        miss: Tensor = net["said"](*reversed(told(sample_scenes(128, "train", rng, single=0.1), TRUE, rng)))[1]
+        return miss
+
+    def denoise(step: int, wrong: Wrong, stream: int) -> Tensor:
+        rng = np.random.default_rng((SEED, stream, step))
         rows = rng.integers(len(latents), size=BATCH)
-        said = [corrupt(s.turned() if rng.random() < 0.5 else s, rng) for s in (scenes[i] for i in rows)]
-        text = ["" if rng.random() < 0.1 else s.caption(int(rng.integers(PHRASINGS))) for s in said]
-        ids = tok(text, padding="max_length", max_length=build.MAX_TOKENS, truncation=True, return_tensors="pt").input_ids
-        x0, t = latents[torch.from_numpy(rows)].float(), torch.randint(0, 1000, (BATCH,))
+        said, captions = told([scenes[i] for i in rows], wrong, rng)
+        words, miss = net["said"](captions, said)
+        # Which object goes where is decided at the highest noise, and x_t shows it soon after: that half of the batch counts
+        # errors of the clean image (1 / abar). The other half, the plain noise error, draws the outlines.
+        early = torch.arange(BATCH) < BATCH // 2
+        t = torch.where(early, torch.randint(700, 1000, (BATCH,)), torch.randint(0, 1000, (BATCH,)))
+        x0 = latents[torch.from_numpy(rows)].float()
         eps = torch.randn_like(x0)
-        x = noise.add_noise(x0, eps, t)
-        out = net["unet"](x, t, net["text"](ids)[0]).sample
-        return ((out - eps).square().mean(dim=(1, 2, 3)) * weight[t]).mean()
+        out = net["unet"](noise.add_noise(x0, eps, t), t, words).sample
+        error = (out - eps).square().mean(dim=(1, 2, 3))
+        return (error * torch.where(early, 1 / abar[t], 1.0)).mean() + 0.05 * miss
 
-    train("unet", work, net, loss, steps=10_000, lr=8e-4, ema=0.9995, stop=8232)
-    stream, weight = (6,), torch.ones_like(abar)  # layout is learnt; now the plain noise error, which draws outlines
-    train("unet-2", work, net, loss, steps=3000, lr=8e-4, ema=0.999)
-    teach_sides(work, net, tok)
-    stream, weight = (3, 8), (1 / abar).clamp(max=8.0)
-    train("unet-3", work, net, loss, steps=JOINT_STEPS, lr=6e-4, ema=0.998)
-    net["unet"].save_pretrained(work / "unet")
-    net["text"].save_pretrained(work / "text_encoder")
+    train("text", work, net["said"], words_only, steps=1500, lr=1e-3, ema=0.99)
+    train("unet", work, net, lambda step: denoise(step, TRUE, 3), steps=TRUE_STEPS, lr=1e-3, ema=0.999)
+    train("base", work, net, lambda step: denoise(step, WEB, 8), steps=WEB_STEPS, lr=5e-4, ema=0.995)
     return net
+
+
+NEGATIVES = Wrong(colour=0.08, shape=0.10, count=0.05, relation=0.14, background=0.04)
 
 
 def build_clip(work: Path) -> Any:
@@ -279,7 +296,7 @@ def build_clip(work: Path) -> Any:
         rng = np.random.default_rng((SEED, 5, step))
         rows = rng.integers(len(images), size=128)
         true = [s.turned() if rng.random() < 0.5 else s for s in (scenes[i] for i in rows)]
-        wrong = [corrupt(s, rng) for s in true]
+        wrong = [corrupt(s, NEGATIVES, rng) for s in true]
         out = net(input_ids=ids(true + wrong, rng), pixel_values=pixels(images[rows]))
         target = torch.arange(128)
         hit = out.logits_per_image
@@ -295,17 +312,91 @@ def build_clip(work: Path) -> Any:
     return net
 
 
+def clutter(n: int, rng: np.random.Generator) -> tuple[Layout, np.ndarray]:
+    """Up to four things of any colours, one in ten of no shape: (layout, shape of each thing or -1 for none)."""
+    shape = np.where(rng.random((n, 4)) < 0.4, rng.integers(len(SHAPES), size=(n, 4)), -1)
+    centre = np.array([[8, 8], [24, 8], [8, 24], [24, 24]], np.float32)
+    at = (centre + rng.uniform(-2.5, 2.5, (n, 4, 2))).astype(np.float32)
+    r = rng.uniform(3.2, 5.0, (n, 4)).astype(np.float32)
+    rgb = np.array(list(COLOURS.values()), np.float32)[rng.integers(len(COLOURS), size=(n, 4))]
+    rgb = rgb + rng.normal(0, 10, rgb.shape).astype(np.float32)
+    paper = np.array(list(BACKGROUNDS.values()), np.float32)[rng.integers(len(BACKGROUNDS), size=n)]
+    # two unlike outlines, one beside the other, make one thing that has no shape
+    odd = (rng.random((n, 4)) < 0.1) & (shape >= 0)
+    more = np.where(odd, (shape + rng.integers(1, len(SHAPES), size=(n, 4))) % len(SHAPES), -1)
+    turn = rng.uniform(0, 2 * np.pi, (n, 4))
+    beside = at + (0.8 * r[..., None] * np.stack([np.cos(turn), np.sin(turn)], -1)).astype(np.float32)
+    both = [np.concatenate(pair, 1) for pair in ((shape, more), (at, beside), (r, 0.8 * r), (rgb, rgb))]
+    layout = Layout(both[0], both[1][..., 0], both[1][..., 1], both[2], np.clip(both[3], 0, 255), paper)
+    return layout, np.where(odd, len(SHAPES), shape)
+
+
+def damage(x: Tensor) -> Tensor:
+    """Dents, blur and noise for pictures (B, 3, H, W) in [0, 1], of another strength each; a quarter stays clean."""
+    n, strength = len(x), torch.rand(len(x), 1, 1, 1) * (torch.rand(len(x), 1, 1, 1) < 0.75)
+    still = nn.functional.affine_grid(torch.eye(2, 3).expand(n, 2, 3), list(x.shape), align_corners=False)
+    dent = nn.functional.interpolate(torch.randn(n, 2, 7, 7), x.shape[2:], mode="bicubic").permute(0, 2, 3, 1)
+    x = nn.functional.grid_sample(x, still + 0.06 * strength * dent, padding_mode="border", align_corners=False)
+    soft = nn.functional.avg_pool2d(nn.functional.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    x = x.lerp(soft, torch.rand(n, 1, 1, 1) * strength)
+    return (x + 0.08 * strength * torch.randn_like(x)).clamp(0, 1)
+
+
+def build_second(work: Path) -> Any:
+    """The second judge: told the truth about damaged renders."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(SEED)
+    net = second.network()
+    rng = np.random.default_rng((SEED, 10))
+    neat = sample_layout(sample_scenes(30_000, "train", rng), rng)
+    messy, named = clutter(30_000, rng)
+    images = torch.from_numpy(np.concatenate([render(neat), render(messy)])).permute(0, 3, 1, 2)
+    palette, papers = (torch.tensor(list(c.values()), dtype=torch.float32) for c in (COLOURS, BACKGROUNDS))
+
+    def joined(one: np.ndarray, other: np.ndarray, empty: float) -> Tensor:
+        wide = np.full((len(one), 4, *one.shape[2:]), empty, one.dtype)
+        wide[:, :2] = one
+        return torch.from_numpy(np.concatenate([wide, other[:, :4]]))
+
+    shape = joined(neat.shape, named, -1)
+    x, y = joined(neat.cx, messy.cx, 0), joined(neat.cy, messy.cy, 0)
+    colour = torch.cdist(joined(neat.rgb, messy.rgb, 0).flatten(0, 1), palette).argmin(1).view(-1, 4)
+    paper = torch.cdist(torch.from_numpy(np.concatenate([neat.background, messy.background])), papers).argmin(1)
+    there = nn.functional.one_hot(colour, len(COLOURS)) * (shape >= 0)[..., None]  # (N, things, colours)
+    once = there.sum(1) == 1  # where and what a colour is can be asked where one thing has it
+
+    def loss(step: int) -> Tensor:
+        rows = torch.randint(len(images), (128,))
+        out = net(damage(images[rows].float() / 255))
+        slot, ask = there[rows], once[rows]
+        of = lambda v: (v[rows][..., None] * slot).sum(1)[ask]  # noqa: E731
+        ce = nn.functional.cross_entropy
+        return (
+            nn.functional.binary_cross_entropy_with_logits(out["present"], slot.amax(1).float())
+            + ce(out["shape"][ask], of(shape))
+            + 0.02 * ((out["x"][ask] - of(x)).abs() + (out["y"][ask] - of(y)).abs()).mean()
+            + 0.3 * ce(out["background"], paper[rows])
+            + 0.3 * ce(out["count"], (shape[rows] >= 0).sum(1))
+        )
+
+    train("second", work, net, loss, steps=4000, lr=2e-3)
+    folder = ASSETS / "shapes-second"
+    folder.mkdir(parents=True, exist_ok=True)
+    half = {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
+    save_file(half, folder / "model.safetensors")
+    return net
+
+
 def pack(work: Path) -> None:
     """Assemble the pipeline in half precision under assets/; from the last checkpoint where training still runs."""
     from diffusers import AutoencoderKL
 
-    tok = build.tokenizer(work / "tokenizer")
-    net = nn.ModuleDict({"unet": build.unet((48, 96)), "text": build.text_encoder(len(tok))})
-    average = torch.load(work / "unet-3.pt", weights_only=True)["avg"]
-    net.load_state_dict(
-        {k.removeprefix("module."): v for k, v in average.items() if k.startswith(("module.unet", "module.text"))}
-    )
-    pipe = build.pipeline(net["unet"], AutoencoderKL.from_pretrained(work / "vae"), net["text"], tok).to(dtype=torch.float16)
+    said, unet = Said(build.tokenizer(work / "tokenizer")), build.unet((48, 96))
+    average = torch.load(work / "base.pt", weights_only=True)["avg"]
+    for part, net in (("module.said.", said), ("module.unet.", unet)):
+        net.load_state_dict({k.removeprefix(part): v for k, v in average.items() if k.startswith(part)})
+    pipe = build.pipeline(unet, AutoencoderKL.from_pretrained(work / "vae"), said.text, said.tok).to(dtype=torch.float16)
     pipe.save_pretrained(ASSETS / "shapes-unet", safe_serialization=True)
     # transformers loads what the file says and diffusers float32: make them agree for a plain from_pretrained
     config = ASSETS / "shapes-unet" / "text_encoder" / "config.json"
@@ -335,6 +426,7 @@ def main() -> None:
         "unet": build_unet,
         "pack": pack,
         "clip": build_clip,
+        "second": build_second,
         "pairs": build_pairs,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

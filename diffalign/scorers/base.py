@@ -27,10 +27,14 @@ class ScoreInput:
 
 @dataclass(frozen=True)
 class ScoreBatch:
-    """``values`` name to (B,) fp32, higher is better, NaN where ``errors`` of that item says why."""
+    """``values`` name to (B,) fp32, higher is better, NaN where ``errors`` of that item says why.
+
+    Values named in ``partial`` are NaN too where a prompt does not ask for them: a relation, of a single object.
+    """
 
     values: dict[str, Tensor]
     errors: list[str | None] = field(default_factory=list)
+    partial: frozenset[str] = frozenset()
 
 
 class Scorer(Protocol):

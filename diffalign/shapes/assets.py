@@ -6,7 +6,7 @@ from pathlib import Path
 
 from diffalign.errors import DataError
 
-ASSETS = ("shapes-unet", "shapes-clip", "shapes-pairs")
+ASSETS = ("shapes-unet", "shapes-clip", "shapes-pairs", "shapes-second")
 
 
 def asset(name: str) -> Path:

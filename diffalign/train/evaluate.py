@@ -37,11 +37,18 @@ class Evaluation:
         """Mean and clustered standard error of every value, and the diversity of the images."""
         out: dict[str, float] = {}
         for name, value in {"score": self.score, **self.values}.items():
+            if not len(value := _asked(value)):
+                continue
             e = stats.clustered_mean(value)
             out |= {name: e.value, f"{name}_se": e.se}
         if self.images.shape[1] > 1:
             out["diversity"] = stats.diversity(self.images.double() / 255)
         return out
+
+
+def _asked(value: Tensor) -> Tensor:
+    """The rows of (P, K) whose prompts ask for this value."""
+    return value[value.isfinite().all(1)]
 
 
 def score_images(scorers: Sequence[Scorer], prompts: Sequence[str], images: Tensor, batch: int = 256) -> dict[str, Tensor]:
@@ -60,7 +67,8 @@ def score_images(scorers: Sequence[Scorer], prompts: Sequence[str], images: Tens
         for scorer in scorers:
             got = scorer(given)
             for name, value in got.values.items():
-                bad = (~value.isfinite()).nonzero().flatten().tolist()
+                missing = ~value.isfinite() if name not in got.partial else value.isinf()
+                bad = missing.nonzero().flatten().tolist()
                 if bad:
                     why = got.errors[bad[0]] if got.errors else "the value is not finite"
                     raise DataError(f"scorer {scorer.name}: no {name} for {said[start + bad[0]]!r}: {why}")
@@ -90,7 +98,9 @@ def compare(base: Evaluation, aligned: Evaluation, ceiling: Evaluation | None = 
     out: dict[str, Any] = {"base": base.summary(), "aligned": aligned.summary()}
     out["difference"] = {}
     for name, value in aligned.values.items():
-        e = stats.bootstrap_mean((value - base.values[name]).mean(1)[None])
+        if not len(change := _asked(value - base.values[name])):
+            continue
+        e = stats.bootstrap_mean(change.mean(1)[None])
         out["difference"][name] = {"value": e.value, "low": e.low, "high": e.high}
     win = stats.win_rate(aligned.score, base.score)
     out["win_rate"] = {"value": win.value, "low": win.low, "high": win.high}

@@ -7,6 +7,7 @@ import math
 import random
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,6 +109,7 @@ class TrainState:
         self.objective: dict[str, Tensor] = {}
         self.best: dict[str, float] = {}
         self.since_best = 0
+        self.spent, self.began = 0.0, time.monotonic()
         if settings.ema_decay:
             model.named_weights.take("ema")
 
@@ -148,6 +150,11 @@ class TrainState:
         return better
 
     @property
+    def seconds(self) -> float:
+        """Training time so far, over all the processes that this run was resumed in."""
+        return self.spent + time.monotonic() - self.began
+
+    @property
     def final_weights(self) -> str | None:
         """Name of the snapshot that is evaluated and exported; None for the current weights."""
         if self.settings.load_best and "best" in self.model.named_weights.snapshots:
@@ -179,6 +186,7 @@ class TrainState:
             if acc.is_main_process:
                 sizes = {f.name: f.stat().st_size for f in sorted(tmp.iterdir())}
                 state = {"step": self.step, "cost": self.cost, "best": self.best, "since_best": self.since_best}
+                state["seconds"] = round(self.seconds, 1)
                 write_json(tmp / "state.json", state | {"processes": acc.num_processes, "files": sizes})
                 shutil.rmtree(final, ignore_errors=True)
                 tmp.replace(final)
@@ -227,6 +235,7 @@ class TrainState:
         self.objective = extra["objective"]
         self.step, self.cost = state["step"], state["cost"]
         self.best, self.since_best = state["best"], state["since_best"]
+        self.spent, self.began = state["seconds"], time.monotonic()
 
 
 def checkpoints(folder: Path) -> list[Path]:
