@@ -74,22 +74,7 @@ def test_the_base_fails_by_chance_and_not_by_ignorance() -> None:
     verdicts = judge(result.images[:, 0].permute(0, 2, 3, 1).numpy(), [p.text for p in prompts])
     # 256 images leave a standard error of 0.03, which widens the wanted 0.25 to 0.40 and 0.65 to 0.97
     assert 0.18 < np.mean([v.exact for v in verdicts]) < 0.48
-    for kind in ("colour", "shape", "count"):
+    for kind in ("colour", "shape", "count", "relation"):
         held = [ok for v in verdicts for fact, ok in v.facts.items() if fact.startswith(kind)]
         assert 0.55 < np.mean(held) < 0.99, kind
     assert ceiling(model, result, make_scorers(["shapes"])).values["exact"].mean() > 0.9
-
-
-@pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="the interim base draws the two objects in either order by chance")
-def test_the_base_knows_which_object_stands_where() -> None:
-    from diffalign.recipes import TrainConfig
-    from diffalign.spec import load
-    from diffalign.train.evaluate import evaluate
-
-    config = load(TrainConfig, Path(__file__).parents[1] / "configs" / "shapes-dpo.yaml")
-    prompts = prompts_of("shapes:select", 256, 1)
-    model = build_model(ModelSpec(path="shapes-unet"))
-    result = evaluate(model, prompts, make_scorers(["shapes"]), config.evaluate.sampling, per_prompt=1)
-    verdicts = judge(result.images[:, 0].permute(0, 2, 3, 1).numpy(), [p.text for p in prompts])
-    assert 0.65 <= np.mean([v.facts["relation"] for v in verdicts if "relation" in v.facts]) <= 0.97

@@ -195,10 +195,13 @@ def test_the_second_judge_agrees_on_clean_and_damaged_drawings() -> None:
     rng = np.random.default_rng(12)
     scenes = sample_scenes(150, "test", rng)
     clean = draw(scenes, rng)
-    for images in (clean, ndimage.uniform_filter(clean, (0, 2, 2, 0))):
+    noisy = np.clip(clean + rng.normal(0, 10, clean.shape), 0, 255).astype(np.uint8)
+    for images in (clean, noisy, ndimage.uniform_filter(clean, (0, 2, 2, 0))):
         first, second = judge(images, scenes), second_judge(images, scenes)
         agree = [a.facts[k] == b[k] for a, b in zip(first, second, strict=True) for k in b]
         assert np.mean(agree) >= 0.95
+    wrong = second_judge(clean, scenes[1:] + scenes[:1])
+    assert np.mean([ok for facts in wrong for ok in facts.values()]) < 0.5
 
 
 def one(

@@ -204,6 +204,16 @@ def test_six_steps_are_three_and_three_bit_for_bit(overrides: list[str], tmp_pat
     assert strip(read_metrics(straight)) == strip(read_metrics(halves))
 
 
+def test_training_time_adds_up_over_resumes(overrides: list[str], tmp_path: Path) -> None:
+    common = [*overrides, "evaluate.enabled=false", f"output_dir={tmp_path / 'run'}"]
+    run(common, "train.max_steps=2")
+    state = tmp_path / "run" / "checkpoint-2" / "state.json"
+    stored = json.loads(state.read_text())
+    assert stored["seconds"] > 0
+    state.write_text(json.dumps(stored | {"seconds": 1000.0}))
+    assert 1000 < run(common, "train.max_steps=3", "resume_from=latest").metrics["train_seconds"] < 1900
+
+
 def test_accumulation_equals_a_larger_batch(overrides: list[str], tmp_path: Path) -> None:
     results = []
     for batch, accumulation in ((8, 1), (2, 4)):

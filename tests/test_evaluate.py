@@ -1,0 +1,68 @@
+"""Measuring: what a value counts where only some prompts ask for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffalign.errors import DataError
+from diffalign.recipes import ShapesScorer, write_samples
+from diffalign.scorers import ScoreBatch, ScoreInput
+from diffalign.shapes import draw, parse_caption
+from diffalign.train.evaluate import Evaluation, compare, score_images
+
+PROMPTS = ("a red circle on a grey background", "a blue square left of a pink cross, navy background")
+TURNED = "a blue square right of a pink cross, navy background"
+
+
+def pictures(*captions: str) -> torch.Tensor:
+    """(P, 1, 3, 32, 32): a true drawing of each caption."""
+    import numpy as np
+
+    drawn = draw([parse_caption(c) for c in captions], np.random.default_rng(0))
+    return torch.from_numpy(drawn).permute(0, 3, 1, 2)[:, None]
+
+
+def measured(*captions: str) -> Evaluation:
+    images = pictures(*captions)
+    return Evaluation(PROMPTS, score_images([ShapesScorer()], PROMPTS, images), images)
+
+
+def test_a_relation_is_asked_of_two_objects_only() -> None:
+    right, wrong = measured(*PROMPTS), measured(PROMPTS[0], TURNED)
+    assert right.values["relation"][0].isnan()
+    assert right.values["relation"][1].item() == 1.0
+    assert (right.summary()["relation"], wrong.summary()["relation"]) == (1.0, 0.0)
+    assert right.summary()["exact"] == 1.0
+    assert wrong.summary()["exact"] == 0.5
+    assert compare(wrong, right)["difference"]["relation"]["value"] == 1.0
+
+
+def test_no_prompt_asks_for_a_relation() -> None:
+    images = pictures(PROMPTS[0])
+    one = Evaluation(PROMPTS[:1], score_images([ShapesScorer()], PROMPTS[:1], images), images)
+    assert "relation" not in one.summary()
+    assert "relation" not in compare(one, one)["difference"]
+
+
+def test_what_is_not_asked_is_null_on_disk(tmp_path: Path) -> None:
+    right = measured(*PROMPTS)
+    write_samples(tmp_path, right, right)
+    assert json.loads((tmp_path / "values.json").read_text())["base"]["relation"] == [[None], [1.0]]
+    shown = json.loads((tmp_path / "samples.json").read_text())
+    assert ["relation" in row["base"]["values"] for row in shown] == [False, True]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf")])
+def test_infinite_is_never_just_unasked(value: float) -> None:
+    class Odd:
+        name = "odd"
+
+        def __call__(self, batch: ScoreInput) -> ScoreBatch:
+            return ScoreBatch({"odd": torch.full((len(batch),), value)}, partial=frozenset({"odd"}))
+
+    with pytest.raises(DataError, match="odd"):
+        score_images([Odd()], PROMPTS, pictures(*PROMPTS))
