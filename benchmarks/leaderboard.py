@@ -28,6 +28,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 WORK = ROOT / "runs" / "leaderboard"
 SEEDS = (0, 1, 2)
 PROMPTS, PER_PROMPT = 512, 2
+COST = ("seed", "train_seconds", "denoiser_passes", "images_generated", "drift/winner", "drift/loser")
+KINDS = ("colour", "shape", "count", "relation", "background")
 CONFIG = ROOT / "configs" / "shapes-dpo.yaml"
 
 
@@ -42,6 +44,9 @@ class Row:
     rounds: int = 1
     """Rounds of training, each on fresh pairs from the round before."""
     scorers: tuple[str, ...] = ("shapes", "taste:size")
+    guidance: float | None = None
+    """Sampled at this guidance instead of the main job's; the weights are those of the row ``same_weights_as``."""
+    same_weights_as: str = ""
 
 
 SFT = ("objective.type=sft",)
@@ -59,12 +64,18 @@ ROWS: dict[str, Row] = {
         "Diffusion-DPO, LoRA, a taste for size",
         pairs={"scorers": ["taste:size"], "reward": {"taste_size": 1.0}, "num_prompts": 500},
     ),
-    "dpo-more": Row("Diffusion-DPO, LoRA, twice the pairs and steps", ("train.max_steps=800",), pairs={"num_prompts": 4000}),
+    "dpo-more": Row("Diffusion-DPO, LoRA, twice the pairs and steps", ("train.max_steps=800",), pairs={"num_prompts": 2400}),
     "dpo-rounds": Row(
-        "Diffusion-DPO, LoRA, three rounds of fresh pairs", pairs={"num_prompts": 1000}, rounds=3
+        "Diffusion-DPO, LoRA, three rounds of fresh pairs, 200 steps each", ("train.max_steps=200",),
+        pairs={"num_prompts": 600}, rounds=3,
     ),
+    "dpo-guided": Row("Diffusion-DPO, LoRA, sampled at guidance 3", guidance=3.0, same_weights_as="dpo-lora"),
 }  # fmt: skip
-CONTROLS = {"base": "the base", "best-of-4": "best of 4 of the base by the learned CLIP (4 times the inference)"}
+CONTROLS = {
+    "base": "the base",
+    "best-of-4": "best of 4 of the base by the learned CLIP (4 times the inference)",
+    "base-guided": "the base, sampled at guidance 3 (no training)",
+}
 
 
 def main() -> None:
@@ -110,7 +121,13 @@ def fill(rows: Sequence[str], seeds: Sequence[int], minutes: float) -> None:
 
 def run_row(name: str, seed: int) -> dict[str, Any]:
     """Train one row with one seed and measure it on the test prompts."""
+    from diffalign.train.tracking import read_metrics
+
     row = ROWS[name]
+    if row.same_weights_as:
+        trained = json.loads((RESULTS / f"{row.same_weights_as}-{seed}.json").read_text())
+        cost = {k: trained[k] for k in COST if k in trained}
+        return measured(name, WORK / f"{row.same_weights_as}-{seed}", "shapes:test", guidance=row.guidance) | cost
     folder, seconds, passes, generated = WORK / f"{name}-{seed}", 0.0, 0, 0
     previous: Path | None = None
     for n in range(row.rounds):
@@ -122,11 +139,14 @@ def run_row(name: str, seed: int) -> dict[str, Any]:
             extra.append(f"model.lora.path={previous}")
         metrics = train_once([*row.overrides, *extra], out)
         seconds, passes, previous = seconds + metrics["train_seconds"], passes + metrics["denoiser_passes"], out
-    return measured(name, folder if row.rounds == 1 else folder / f"round-{row.rounds - 1}", "shapes:test") | {
+    final = folder if row.rounds == 1 else folder / f"round-{row.rounds - 1}"
+    last = next(x for x in reversed(read_metrics(final)) if "heldout/drift/winner" in x)
+    return measured(name, final, "shapes:test") | {
         "seed": seed,
         "train_seconds": round(seconds, 1),
         "denoiser_passes": passes,
         "images_generated": generated,
+        **{k: last[f"heldout/{k}"] for k in ("drift/winner", "drift/loser")},
     }
 
 
@@ -166,7 +186,7 @@ def train_once(overrides: Sequence[str], folder: Path) -> dict[str, Any]:
     return train(load(TrainConfig, CONFIG, [*overrides, f"output_dir={folder}", "resume_from=auto"])).metrics
 
 
-def measured(name: str, run: Path | None, prompts: str, count: int = PROMPTS) -> dict[str, Any]:
+def measured(name: str, run: Path | None, prompts: str, count: int = PROMPTS, guidance: float | None = None) -> dict[str, Any]:
     """Per-prompt means of every value, of a run or of the base."""
     from diffalign import stats
     from diffalign.recipes import EvaluateSpec, TrainConfig, build_model, make_scorers, prompts_of
@@ -180,7 +200,8 @@ def measured(name: str, run: Path | None, prompts: str, count: int = PROMPTS) ->
     if run is not None:
         model.restore(run)
     said = prompts_of(prompts, count, spec.seed)
-    result = evaluate(model, said, scorers, spec.sampling, per_prompt=PER_PROMPT, seed=spec.seed)
+    sampling = spec.sampling.model_copy(update={"guidance_scale": guidance} if guidance else {})
+    result = evaluate(model, said, scorers, sampling, per_prompt=PER_PROMPT, seed=spec.seed)
     return {
         "row": name,
         "values": per_prompt(result.values),
@@ -203,6 +224,8 @@ def control(name: str) -> dict[str, Any]:
     from diffalign.spec import load
     from diffalign.train.evaluate import Evaluation, evaluate, score_images
 
+    if name == "base-guided":
+        return measured(name, None, "shapes:test", guidance=ROWS["dpo-guided"].guidance)
     out = measured(name, None, "shapes:test") if name == "base" else {}
     config = load(TrainConfig, CONFIG, ["output_dir=unused"])
     model, said = build_model(config.model), prompts_of("shapes:test", PROMPTS, config.evaluate.seed)
@@ -295,9 +318,10 @@ def write_table() -> str:
     top, low = base["ceiling"]["exact"], mean(base["values"]["exact"])
     lines = [
         "| row | seeds | exact | gain in exact, 95 % | each seed | gap closed | facts | clean | size | diversity"
-        " | passes | s | trials |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        " | drift w | drift l | passes | s | trials |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    kinds = [f"| row | {' | '.join(KINDS)} |", "|---|" + "---|" * len(KINDS)]
     gains: dict[str, torch.Tensor] = {}
     for name, what in {**CONTROLS, **{k: r.what for k, r in ROWS.items()}}.items():
         files = [RESULTS / f"{name}.json"] if name in CONTROLS else [RESULTS / f"{name}-{s}.json" for s in SEEDS]
@@ -313,14 +337,28 @@ def write_table() -> str:
         e = stats.bootstrap_mean(gain)
         others = [f"{mean([mean(r['values'][k]) for r in runs]):.3f}" for k in ("score", "cleanliness", "taste_size")]
         tried = sum(t["row"] == name for t in trials)
-        cost = [f"{mean([r[k] for r in runs]):.0f}" if k in runs[0] else "" for k in ("denoiser_passes", "train_seconds")]
+        figures = {"drift/winner": "+.4f", "drift/loser": "+.4f", "denoiser_passes": ".0f", "train_seconds": ".0f"}
+        cost = [f"{mean([r[k] for r in runs]):{form}}" if k in runs[0] else "" for k, form in figures.items()]
         shown = "" if name == "base" else f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]"
         each = "" if name in CONTROLS else ", ".join(f"{g:+.3f}" for g in gain.mean(1).tolist())
         closed = "" if name == "base" else f"{100 * e.value / (top - low):.1f} %"
         diverse = f"{mean([r['diversity'] for r in runs]):.3f}"
         cells = [what, str(len(runs)), f"{exact.mean():.3f}", shown, each, closed, *others, diverse, *cost, str(tried)]
         lines.append(f"| {' | '.join(cells)} |")
-    out = ["\n".join(lines), f"Ceiling (perfect drawings through the base's autoencoder): exact {top:.3f}."]
+        held = [f"{mean([mean(r['values'][k]) for r in runs]):.3f}" for k in KINDS]
+        kinds.append(f"| {' | '.join([what, *held])} |")
+    out = ["\n".join(lines), "How often each kind of fact holds:", "\n".join(kinds)]
+    out += [f"Ceiling (perfect drawings through the base's autoencoder): exact {top:.3f}."]
+    if taste := [json.loads(f.read_text()) for s in SEEDS if (f := RESULTS / f"dpo-taste-{s}.json").exists()]:
+        moved = torch.tensor([r["values"]["taste_size"] for r in taste]) - torch.tensor(base["values"]["taste_size"])
+        e = stats.bootstrap_mean(moved)
+        out.append(
+            f"A taste for size moves the drawn area from {mean(base['values']['taste_size']):.3f} by {e.value:+.3f}"
+            f" [{e.low:+.3f}, {e.high:+.3f}] and makes it larger for {100 * (moved > 0).float().mean():.0f} % of prompts."
+        )
+    if "base-guided" in gains and "dpo-guided" in gains:
+        e = stats.bootstrap_mean(gains["dpo-guided"] - gains["base-guided"])
+        out.append(f"At guidance 3, DPO with LoRA over the base: {e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}] in exact.")
     if "dpo-lora" in gains:
         for other in ("sft-winners", "dpo-shuffled", "mapo-lora", "dpo-clip", "dpo-more", "dpo-rounds", "dpo-full"):
             if other in gains and gains[other].shape == gains["dpo-lora"].shape:
@@ -332,7 +370,8 @@ def write_table() -> str:
         " not predict beta, learning rate or rank for large models.\n\n"
         f"{PROMPTS} test prompts x {PER_PROMPT} seeds, paired with the base at the same seeds; intervals are a bootstrap over"
         " prompts crossed with training seeds. Settings were chosen on the select split; `trials` counts how many were"
-        " tried. Passes: forwards of one image through the denoiser, a backward counted twice, policy and reference."
+        " tried. Drift: how much the denoising error on held-out winners and losers rose."
+        " Passes: forwards of one image through the denoiser, a backward counted twice, policy and reference."
         " Printed by `python benchmarks/leaderboard.py table`.\n\n"
     )
     (ROOT / "docs").mkdir(exist_ok=True)

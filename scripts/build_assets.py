@@ -27,7 +27,7 @@ from diffalign.shapes.scene import BACKGROUNDS, COLOURS, INVERSE, PHRASINGS, REL
 SEED = 0
 BATCH = 64
 GUIDANCE = 1.5
-TRUE_STEPS, WEB_STEPS = 4500, 1000
+TRUE_STEPS, WEB_STEPS = 4500, 3000
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 
@@ -165,7 +165,7 @@ class Wrong:
 
 
 # The base is to fail by chance, not by ignorance: it first learns the world, then that captions are not to be trusted.
-TRUE, WEB = Wrong(), Wrong(colour=0.15, shape=0.17, count=0.08, relation=0.24, background=0.05)
+TRUE, WEB = Wrong(), Wrong(colour=0.12, shape=0.04, count=0.05, relation=0.24, background=0.05)
 
 
 def corrupt(scene: Scene, wrong: Wrong, rng: np.random.Generator) -> Scene:
@@ -257,14 +257,14 @@ def build_unet(work: Path) -> Any:
         miss: Tensor = net["said"](*reversed(told(sample_scenes(128, "train", rng, single=0.1), TRUE, rng)))[1]
         return miss
 
-    def denoise(step: int, wrong: Wrong, stream: int) -> Tensor:
+    def denoise(step: int, wrong: Wrong, layout: int, stream: int) -> Tensor:
         rng = np.random.default_rng((SEED, stream, step))
         rows = rng.integers(len(latents), size=BATCH)
         said, captions = told([scenes[i] for i in rows], wrong, rng)
         words, miss = net["said"](captions, said)
-        # Which object goes where is decided at the highest noise, and x_t shows it soon after: that half of the batch counts
-        # errors of the clean image (1 / abar). The other half, the plain noise error, draws the outlines.
-        early = torch.arange(BATCH) < BATCH // 2
+        # Which object goes where is decided at the highest noise, and x_t shows it soon after: the rows that teach layout
+        # count errors of the clean image there (1 / abar). The plain noise error of the others draws the outlines.
+        early = torch.arange(BATCH) < layout
         t = torch.where(early, torch.randint(700, 1000, (BATCH,)), torch.randint(0, 1000, (BATCH,)))
         x0 = latents[torch.from_numpy(rows)].float()
         eps = torch.randn_like(x0)
@@ -273,8 +273,8 @@ def build_unet(work: Path) -> Any:
         return (error * torch.where(early, 1 / abar[t], 1.0)).mean() + 0.05 * miss
 
     train("text", work, net["said"], words_only, steps=1500, lr=1e-3, ema=0.99)
-    train("unet", work, net, lambda step: denoise(step, TRUE, 3), steps=TRUE_STEPS, lr=1e-3, ema=0.999)
-    train("base", work, net, lambda step: denoise(step, WEB, 8), steps=WEB_STEPS, lr=5e-4, ema=0.995)
+    train("unet", work, net, lambda step: denoise(step, TRUE, BATCH // 2, 3), steps=TRUE_STEPS, lr=1e-3, ema=0.999)
+    train("base", work, net, lambda step: denoise(step, WEB, BATCH // 4, 8), steps=WEB_STEPS, lr=8e-4, ema=0.998)
     return net
 
 
