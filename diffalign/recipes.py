@@ -206,13 +206,14 @@ def _quiet() -> None:
         library.utils.logging.set_verbosity_error()
 
 
-def build_pairs(spec: DataSpec, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """(training pairs, held-out pairs)."""
+def build_pairs(spec: DataSpec, seed: int, given: Sequence[Pair] | None = None) -> tuple[list[Pair], list[Pair]]:
+    """(training pairs, held-out pairs), of ``given`` ones or of those at ``spec.path``."""
     from diffalign.data.pairs import read_pairs, shuffled_labels, split_by_prompt
     from diffalign.shapes.assets import ASSETS
 
     source = str(resolve(spec.path)) if spec.path in ASSETS else spec.path
-    training, held = split_by_prompt(read_pairs(source, spec.limit), spec.holdout)
+    pairs = read_pairs(source, spec.limit) if given is None else list(given)[: spec.limit]
+    training, held = split_by_prompt(pairs, spec.holdout)
     if not training:
         raise DataError(f"{spec.path}: no pair is left for training", hint="lower data.holdout or raise data.limit")
     return (shuffled_labels(training, seed) if spec.shuffle_labels else training), held
@@ -288,8 +289,11 @@ def resume_point(config: TrainConfig) -> Path | None:
     return None
 
 
-def train(config: TrainConfig) -> Run:
-    """The whole of ``diffalign train``: fit, export, evaluate. Every process of a launch calls it."""
+def train(config: TrainConfig, pairs: Sequence[Pair] | None = None) -> Run:
+    """The whole of ``diffalign train``: fit, export, evaluate. Every process of a launch calls it.
+
+    ``pairs`` in memory stand in for those at ``config.data.path``.
+    """
     import torch
     from accelerate.utils import set_seed
 
@@ -309,7 +313,7 @@ def train(config: TrainConfig) -> Run:
         write_json(folder / "env.json", environment())
     set_seed(s.seed)
     model = build_model(config.model).to(accelerator.device)
-    training, held = build_pairs(config.data, s.seed)
+    training, held = build_pairs(config.data, s.seed, pairs)
     scorers = make_scorers(config.evaluate.scorers)
     size = (config.data.resolution,) * 2 if config.data.resolution else model.resolution
     shared: dict[str, Any] = {"size": size, "batch_size": s.per_device_train_batch_size, "seed": s.seed}

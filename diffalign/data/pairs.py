@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,18 @@ def read_pairs(source: str | Path, limit: int | None = None) -> list[Pair]:
     return out
 
 
+def pairs_of(rows: Iterable[Mapping[str, Any]], where: str = "train_dataset") -> list[Pair]:
+    """Pairs of rows in memory with ``prompt``, ``chosen`` and ``rejected``: PIL images, bytes or ``{"bytes": ...}``.
+
+    Raises:
+        DataError: as :func:`read_pairs`.
+    """
+    pairs = list(_table(iter(rows), None, where))
+    if not pairs:
+        raise DataError(f"{where}: it holds no pair")
+    return pairs
+
+
 def split_by_prompt(pairs: Sequence[Pair], share: float, salt: str = "heldout") -> tuple[list[Pair], list[Pair]]:
     """(training, held out): every prompt falls whole on one side, by its hash."""
 
@@ -118,7 +130,7 @@ def _inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _table(rows: Iterator[dict[str, Any]], folder: Path | None, where: str) -> Iterator[Pair]:
+def _table(rows: Iterator[Mapping[str, Any]], folder: Path | None, where: str) -> Iterator[Pair]:
     for number, row in enumerate(rows, 1):
         at = f"{where}, row {number}"
         for column in ("prompt", "chosen", "rejected"):
