@@ -103,6 +103,21 @@ def test_the_documented_plug_in_and_its_check_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_python_example_runs(tmp_path: Path, tiny: Path, pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = (b for b in blocks("training.md") if "DPOTrainer" in b)
+    for large, small in {
+        '"shapes-unet"': repr(str(tiny)),
+        '"shapes-pairs"': repr(str(pairs_csv)),
+        "max_steps=400": "max_steps=1",
+        "num_prompts=256": "num_prompts=2",
+    }.items():
+        assert large in code
+        code = code.replace(large, small)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "training.md", "exec"), {})
+    assert (tmp_path / "circle.png").stat().st_size > 0
+
+
 def test_the_documented_diff_is_a_real_objective(tmp_path: Path) -> None:
     """The lines that the diff adds make a class that passes the checks of every objective."""
     diff = re.search(r"^```diff\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.S | re.M)
