@@ -69,12 +69,12 @@ ROWS: dict[str, Row] = {
         "Diffusion-DPO, LoRA, three rounds of fresh pairs, 200 steps each", ("train.max_steps=200",),
         pairs={"num_prompts": 600}, rounds=3,
     ),
-    "dpo-guided": Row("Diffusion-DPO, LoRA, sampled at guidance 3", guidance=3.0, same_weights_as="dpo-lora"),
+    "dpo-guided": Row("Diffusion-DPO, LoRA, sampled at guidance 4", guidance=4.0, same_weights_as="dpo-lora"),
 }  # fmt: skip
 CONTROLS = {
     "base": "the base",
     "best-of-4": "best of 4 of the base by the learned CLIP (4 times the inference)",
-    "base-guided": "the base, sampled at guidance 3 (no training)",
+    "base-guided": "the base, sampled at guidance 4 (no training)",
 }
 
 
@@ -358,7 +358,7 @@ def write_table() -> str:
         )
     if "base-guided" in gains and "dpo-guided" in gains:
         e = stats.bootstrap_mean(gains["dpo-guided"] - gains["base-guided"])
-        out.append(f"At guidance 3, DPO with LoRA over the base: {e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}] in exact.")
+        out.append(f"At guidance 4, DPO with LoRA over the base: {e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}] in exact.")
     if "dpo-lora" in gains:
         for other in ("sft-winners", "dpo-shuffled", "mapo-lora", "dpo-clip", "dpo-more", "dpo-rounds", "dpo-full"):
             if other in gains and gains[other].shape == gains["dpo-lora"].shape:

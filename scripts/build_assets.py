@@ -26,7 +26,7 @@ from diffalign.shapes.scene import BACKGROUNDS, COLOURS, INVERSE, PHRASINGS, REL
 
 SEED = 0
 BATCH = 64
-GUIDANCE = 1.5
+GUIDANCE = 1.75
 TRUE_STEPS, WEB_STEPS = 4500, 3000
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
@@ -306,7 +306,7 @@ def build_clip(work: Path) -> Any:
         hit[target, 128 + target] = hit[target, 128 + target].masked_fill(same, -1e4)
         return (nn.functional.cross_entropy(hit, target) + nn.functional.cross_entropy(out.logits_per_text[:128], target)) / 2
 
-    train("clip", work, net, loss, steps=2500, lr=1e-3, ema=0.998)
+    train("clip", work, net, loss, steps=1500, lr=1e-3, ema=0.998)
     net.half().save_pretrained(ASSETS / "shapes-clip", safe_serialization=True)
     build.clip_processor(tok).save_pretrained(ASSETS / "shapes-clip")
     return net
@@ -380,7 +380,7 @@ def build_second(work: Path) -> Any:
             + 0.3 * ce(out["count"], (shape[rows] >= 0).sum(1))
         )
 
-    train("second", work, net, loss, steps=4000, lr=2e-3)
+    train("second", work, net, loss, steps=2000, lr=2e-3)
     folder = ASSETS / "shapes-second"
     folder.mkdir(parents=True, exist_ok=True)
     half = {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
