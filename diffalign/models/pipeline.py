@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -36,6 +37,8 @@ class PipelineModel:
     """Which of the text settings of :class:`ModelSpec` applies: ``long_prompts`` or ``max_sequence_length``."""
     load_options: ClassVar[dict[str, Any]] = {}
     lora_file: ClassVar[str] = "pytorch_lora_weights.safetensors"
+    lora_prefix: ClassVar[str] = "transformer."
+    """Before the names of the weights in that file."""
 
     kind: Kind
 
@@ -69,10 +72,11 @@ class PipelineModel:
         dtypes = {"default": getattr(torch, spec.dtype), "vae": torch.float32}
         if spec.lora is None:
             dtypes[cls.net_name] = torch.float32
-        pipeline = DiffusionPipeline.from_pretrained(
-            folder, variant=spec.variant, dtype=dtypes, local_files_only=True, **cls.load_options
-        )
-        return cls(pipeline, spec)
+        # a pipeline saved without a part, such as SD3 without its T5, loads only if told so
+        index = json.loads((folder / "model_index.json").read_text())
+        absent = {name: None for name, part in index.items() if isinstance(part, list) and part[0] is None}
+        options = {"variant": spec.variant, "dtype": dtypes, "local_files_only": True} | absent | cls.load_options
+        return cls(DiffusionPipeline.from_pretrained(folder, **options), spec)
 
     # --- what a family says ------------------------------------------------------------------------------------------
 
@@ -194,13 +198,9 @@ class PipelineModel:
                 net.load_state_dict({k: v for file in files for k, v in load_file(file).items()})
             else:
                 state = load_file(folder / self.lora_file)
-                set_peft_model_state_dict(net, {k.removeprefix(self._lora_prefix): v for k, v in state.items()})
+                set_peft_model_state_dict(net, {k.removeprefix(self.lora_prefix): v for k, v in state.items()})
         except (OSError, SafetensorError, RuntimeError) as e:
             raise ModelError(f"{folder}: cannot load the trained weights: {' '.join(str(e).split())[:300]}") from e
-
-    @property
-    def _lora_prefix(self) -> str:
-        return f"{self.net_name}."
 
     def _save_lora(self, folder: Path, state: dict[str, Tensor], config: Any) -> None:
         layers = {f"{self.net_name}_lora_layers": state, f"{self.net_name}_lora_adapter_metadata": config.to_dict()}
@@ -217,13 +217,13 @@ class NoisePrediction(PipelineModel):
 
     def __init__(self, pipeline: Any, spec: ModelSpec) -> None:
         super().__init__(pipeline, spec)
+        if not hasattr(self.scheduler, "alphas_cumprod"):
+            name = type(self.scheduler).__name__
+            raise ModelError(f"{spec.path}: the scheduler {name} is not of noise prediction", hint="it has no alphas_cumprod")
         kind = self.scheduler.config.prediction_type
         if kind not in self.kinds:
             raise ModelError(f"{spec.path}: prediction type {kind!r} is not supported", hint=", ".join(self.kinds))
         self.kind = kind
-        if not hasattr(self.scheduler, "alphas_cumprod"):
-            name = type(self.scheduler).__name__
-            raise ModelError(f"{spec.path}: the scheduler {name} is not of noise prediction", hint="it has no alphas_cumprod")
         abar = self.scheduler.alphas_cumprod.double()
         self._alpha, self._sigma = abar.sqrt().float(), (1 - abar).sqrt().float()
 

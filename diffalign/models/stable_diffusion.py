@@ -17,6 +17,7 @@ class StableDiffusion(NoisePrediction):
     family = "stable-diffusion"
     tested = "trained weights: the built-in shapes-unet"
     net_name = "unet"
+    lora_prefix = "unet."
     encoders = ("text_encoder",)
     text_setting = "long_prompts"
     load_options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
