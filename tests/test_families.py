@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_families import FAMILIES, randomise
 
+from diffalign import models
+from diffalign.cli import main
 from diffalign.data.images import frame, to_uint8
 from diffalign.data.pairs import read_pairs
 from diffalign.data.prompts import Prompt
@@ -24,6 +27,7 @@ from diffalign.models import LoRA, Model, ModelSpec, load_model
 from diffalign.objectives import Sigmoid, pair_metrics
 from diffalign.path import add_noise
 from diffalign.recipes import TrainConfig, _quiet, build_model, train
+from diffalign.report import write_report
 from diffalign.sampling import Item, Sampler, generate, generators
 from diffalign.spec import validate, with_overrides
 from diffalign.timesteps import Uniform
@@ -503,6 +507,54 @@ def test_training_tells_the_size_of_each_picture(load: Any, tmp_path: Path, name
         else:
             assert told is None
     assert len(seen) == 2
+
+
+# --- around the model -----------------------------------------------------------------------------------------------
+
+
+def test_what_is_cached_depends_on_how_text_is_read(load: Any) -> None:
+    prints = [load("sd3", max_sequence_length=n).fingerprint() for n in (None, 256, 12)]
+    assert prints[0] == prints[1] != prints[2]
+    assert load("sd").fingerprint() != load("sd", long_prompts="chunk").fingerprint()
+
+
+def test_weights_in_several_files_are_restored(load: Any, tmp_path: Path) -> None:
+    """As diffusers saves what is above 10 GB."""
+    model = load("sd3", lora=None)
+    disturb(model)
+    model.export(tmp_path)
+    file = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    names = sorted(state)
+    for i, part in enumerate((names[:9], names[9:])):
+        save_file({k: state[k] for k in part}, file.with_name(f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors"))
+    file.unlink()
+    restored = load("sd3", lora=None)
+    restored.restore(tmp_path)
+    assert all(torch.equal(v, state[k]) for k, v in restored.net.state_dict().items())
+    file.with_name("diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ModelError, match="cannot load the trained weights"):
+        restored.restore(tmp_path)
+
+
+def test_families_are_listed_with_what_they_were_tested_with() -> None:
+    result = CliRunner().invoke(main, ["list", "models"])
+    lines = {line.split()[1].rstrip(":"): line for line in result.output.splitlines()}
+    assert lines.keys() == models.FAMILIES.keys()
+    assert lines["StableDiffusionPipeline"].endswith("tested with trained weights: the built-in shapes-unet")
+    for pipeline, line in lines.items():
+        if pipeline != "StableDiffusionPipeline":
+            assert line.endswith("tested with tiny random weights of the stock classes")
+        assert ("trains the unet" in line) == pipeline.startswith(("StableDiffusionP", "StableDiffusionXL"))
+        assert ("flow" in line) == pipeline.startswith(("StableDiffusion3", "Flux"))
+
+
+def test_the_card_says_how_the_adapter_loads(folder_of: Callable[[str], Path], pairs_csv: Path, tmp_path: Path) -> None:
+    run(folder_of("pixart-sigma"), "pixart-sigma", pairs_csv, tmp_path / "run")
+    write_report(tmp_path / "run")
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "PeftModel.from_pretrained(pipe.transformer" in card
+    assert "load_lora_weights" not in card
 
 
 # --- what cannot be done --------------------------------------------------------------------------------------------
