@@ -75,7 +75,7 @@ def clips(folder: Path, second_pad: str | None = None) -> dict[str, Any]:
 
 def sd(folder: Path) -> Any:
     tok = build.tokenizer(folder / "made-from")
-    unet = build.unet((16,), text_dim=32)
+    unet = build.unet((32,), text_dim=32)
     return build.pipeline(unet, build.vae((8, 8, 8)), build.text_encoder(len(tok), hidden=32, layers=1), tok)
 
 
@@ -92,7 +92,7 @@ def sdxl(folder: Path) -> Any:
         layers_per_block=1,
         cross_attention_dim=2 * CLIP_WIDTH,
         attention_head_dim=4,
-        norm_num_groups=16,
+        norm_num_groups=4,  # one channel a group would normalise time and size away
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + CLIP_WIDTH,
@@ -201,4 +201,4 @@ def randomise(pipeline: Any, seed: int = 0) -> None:
     for name in ("unet", "transformer"):
         for p in getattr(pipeline, name).parameters() if getattr(pipeline, name, None) is not None else ():
             with torch.no_grad():
-                p.add_(0.05 * torch.randn(p.shape, generator=g))
+                p.add_(0.1 * torch.randn(p.shape, generator=g))
