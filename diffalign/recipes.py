@@ -646,12 +646,14 @@ def shipped_configs() -> dict[str, Path]:
 
 def catalogue(what: str) -> list[tuple[str, str]]:
     """(name, one line) of everything built in of one kind."""
-    from diffalign.models import FAMILIES
+    from diffalign.models import FAMILIES, find_family
     from diffalign.shapes.taste import Kind
 
     match what:
         case "models":
-            return [(f"{name}", path) for name, path in FAMILIES.items()]
+            said = "{0}: trains the {1.net_name}, {2}; tested with {1.tested}"
+            found = [(name, find_family(name)) for name in FAMILIES]
+            return [(cls.family, said.format(name, cls, " or ".join(cls.kinds))) for name, cls in found]
         case "objectives":
             docs = {name: (cls.__doc__ or "").strip().splitlines()[0] for name, cls in OBJECTIVES.options.items()}
             rows = [(name, f"{docs[name]} ({getattr(cls, 'paper', '')})") for name, cls in OBJECTIVES.options.items()]

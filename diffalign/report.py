@@ -53,6 +53,7 @@ def write_report(folder: Path) -> Path:
         "curves": [c for c in (_curve(folder, *spec) for spec in CURVES) if c],
         "samples": _samples(folder),
         "config": config,
+        "peft": (folder / "adapter_config.json").is_file(),
         "config_text": config_text,
         "env": env,
         "method": " + ".join(o["type"] for o in objective),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
@@ -49,22 +48,21 @@ def generators(items: Sequence[Item], seed: int) -> list[torch.Generator]:
 @torch.no_grad()
 def sample(model: Model, items: Sequence[Item], settings: Sampler, seed: int) -> Tensor:
     """One batch of images, (B, 3, H, W) uint8 on the CPU."""
-    scheduler = copy.deepcopy(model.scheduler)
-    scheduler.set_timesteps(settings.num_inference_steps)
+    scheduler = model.solver(settings.num_inference_steps)
     draws = generators(items, seed)
     x = torch.stack([torch.randn(model.latent_shape, generator=g) for g in draws])
     cond = model.encode_prompts([item.prompt.text for item in items])
     device = cond.embeds.device
-    x = x.to(device) * scheduler.init_noise_sigma
+    x = x.to(device) * getattr(scheduler, "init_noise_sigma", 1.0)  # flow schedulers scale nothing
+    scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
     negative = None
     if settings.guidance_scale > 1 and any(item.prompt.negative for item in items):
-        negative = model.encode_prompts([item.prompt.negative or "" for item in items])
+        negative = model.encode_prompts([item.prompt.negative or None for item in items])
     # stochastic schedulers draw from the items' own generators
     extra = {"generator": draws} if "generator" in inspect.signature(scheduler.step).parameters else {}
     for t in scheduler.timesteps:
-        scaled = scheduler.scale_model_input(x, t)
         times = t.to(device).expand(len(x))
-        out = model.predict(scaled, times, cond, settings.guidance_scale, negative)
+        out = model.predict(scale(x, t), times, cond, settings.guidance_scale, negative)
         x = scheduler.step(out, t, x, **extra, return_dict=False)[0]
     return to_uint8(model.decode(x)).cpu()
 

@@ -35,7 +35,7 @@ def build_tiny(folder: Path, prediction_type: str = "epsilon", seed: int = 0) ->
     torch.manual_seed(seed)
     tok = build.tokenizer(folder / "made-from")
     pipe = build.pipeline(
-        build.unet((16,), text_dim=32),
+        build.unet((32,), text_dim=32),  # two channels a norm group: with one it would be deaf to the time
         build.vae((8, 8, 8)),
         build.text_encoder(len(tok), hidden=32, layers=1),
         tok,

@@ -56,6 +56,18 @@ def to_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
+def frame(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """(6,) fp32: what :func:`to_tensor` does to a picture, in the order of SDXL's micro-conditioning.
+
+    Its original height and width, top and left of the cut once resized, and the height and width of ``size``. Podell et
+    al. 2023, section 2.2.
+    """
+    (height, width), (h, w) = size, (image.height, image.width)
+    scale = max(height / h, width / w)
+    top, left = round((h * scale - height) / 2), round((w * scale - width) / 2)
+    return torch.tensor([h, w, top, left, height, width], dtype=torch.float32)
+
+
 def to_uint8(pixels: Tensor) -> Tensor:
     """(..., 3, H, W) in [0, 1] to uint8, rounded."""
     return (pixels.clamp(0, 1) * 255).round().to(torch.uint8)

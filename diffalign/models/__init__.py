@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 from diffalign.errors import ModelError
 from diffalign.models.base import Cond, LoRA, Model, ModelSpec, Weights
@@ -12,6 +13,14 @@ from diffalign.models.base import Cond, LoRA, Model, ModelSpec, Weights
 # pipeline class in model_index.json -> module:class of its family
 FAMILIES = {
     "StableDiffusionPipeline": "diffalign.models.stable_diffusion:StableDiffusion",
+    "StableDiffusionXLPipeline": "diffalign.models.sdxl:SDXL",
+    "StableDiffusion3Pipeline": "diffalign.models.sd3:SD3",
+    "FluxPipeline": "diffalign.models.flux:Flux",
+    "PixArtAlphaPipeline": "diffalign.models.pixart:PixArt",
+    "PixArtSigmaPipeline": "diffalign.models.pixart:PixArt",
+}
+REFUSED = {
+    "StableDiffusionXLImg2ImgPipeline": "it is SDXL's refiner, which finishes the base's images; train the base model",
 }
 
 
@@ -34,15 +43,20 @@ def detect(folder: Path) -> str:
     if name not in FAMILIES:
         raise ModelError(
             f"{folder}: the pipeline {name} is not supported",
-            hint=f"supported: {', '.join(FAMILIES)}; CONTRIBUTING.md shows how to add a family",
+            hint=REFUSED.get(name, f"supported: {', '.join(FAMILIES)}; CONTRIBUTING.md shows how to add a family"),
         )
     return str(name)
 
 
+def find_family(pipeline: str) -> Any:
+    """The class behind a pipeline's name."""
+    module, _, cls = FAMILIES[pipeline].partition(":")
+    return getattr(importlib.import_module(module), cls)
+
+
 def load_model(folder: Path, spec: ModelSpec) -> Model:
     """Load a local model folder; ``spec.path`` is only what it is called."""
-    module, _, cls = FAMILIES[detect(folder)].partition(":")
-    family = getattr(importlib.import_module(module), cls)
+    family = find_family(detect(folder))
     try:
         model: Model = family.load(folder, spec)
     except ModelError:
@@ -52,4 +66,4 @@ def load_model(folder: Path, spec: ModelSpec) -> Model:
     return model
 
 
-__all__ = ["FAMILIES", "Cond", "LoRA", "Model", "ModelSpec", "Weights", "detect", "load_model"]
+__all__ = ["FAMILIES", "Cond", "LoRA", "Model", "ModelSpec", "Weights", "detect", "find_family", "load_model"]

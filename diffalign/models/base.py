@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from diffalign.errors import ModelError
 from diffalign.path import Coeffs, Kind
@@ -20,22 +21,44 @@ from diffalign.spec import Spec
 
 @dataclass(frozen=True)
 class Cond:
-    """Encoded prompts: every tensor has the batch first."""
+    """Encoded prompts: every tensor has the batch first; what a family does not use is None."""
 
     embeds: Tensor
+    """(B, L, D), one vector per token."""
+    mask: Tensor | None = None
+    """(B, L), 1 where a token counts, 0 where it only fills up."""
+    pooled: Tensor | None = None
+    """(B, P), one vector per prompt."""
+    frame: Tensor | None = None
+    """(B, 6), what is told of the picture's size: see :meth:`Model.sized`."""
 
     def __len__(self) -> int:
         return len(self.embeds)
 
     def __getitem__(self, rows: Any) -> Self:
-        return type(self)(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+        return type(self)(**{name: tensor[rows] for name, tensor in self.parts().items()})
+
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors that there are, by name."""
+        return {f.name: tensor for f in fields(self) if (tensor := getattr(self, f.name)) is not None}
 
     def to(self, *args: Any) -> Self:
-        return type(self)(**{f.name: getattr(self, f.name).to(*args) for f in fields(self)})
+        return type(self)(**{name: tensor.to(*args) for name, tensor in self.parts().items()})
 
     @classmethod
     def cat(cls, parts: Sequence[Self]) -> Self:
-        return cls(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(cls)})
+        """All rows under one another. Where a mask can hide it, shorter prompts are filled up with zeros."""
+        longest = max(p.embeds.shape[1] for p in parts)
+        if parts[0].mask is not None:
+            parts = [p._filled(longest) for p in parts]
+        return cls(**{name: torch.cat([p.parts()[name] for p in parts]) for name in parts[0].parts()})
+
+    def _filled(self, length: int) -> Self:
+        missing = length - self.embeds.shape[1]
+        if not missing or self.mask is None:
+            return self
+        wider = {"embeds": pad(self.embeds, (0, 0, 0, missing)), "mask": pad(self.mask, (0, missing))}
+        return type(self)(**(self.parts() | wider))
 
 
 class LoRA(Spec):
@@ -62,6 +85,14 @@ class ModelSpec(Spec):
     """Train an adapter; without it all weights of the denoiser are trained."""
     gradient_checkpointing: bool = False
     """Trade a second forward pass for memory."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of what is frozen. What is trained stays fp32, adapter or all weights; so does the VAE, which may overflow in fp16."""
+    attention: str | None = None
+    """A backend of diffusers' attention (native, xformers, flash ...); PyTorch's own choice if not given."""
+    long_prompts: Literal["truncate", "chunk"] = "truncate"
+    """Of CLIP-only models: cut prompts at 77 tokens (and count them), or read them in chunks of 75 side by side."""
+    max_sequence_length: int | None = Field(default=None, ge=0, le=512)
+    """Tokens that a T5 reads; what the stock pipeline does if not given (SD3 without its T5: 0)."""
 
 
 class Model(Protocol):
@@ -80,9 +111,22 @@ class Model(Protocol):
     named_weights: Weights
     truncated_prompts: int
 
-    def timestep(self, u: Tensor) -> Tensor: ...
+    def timestep(self, u: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """(B,) fractions of the schedule in [0, 1), 0 clean and 1 noise; ``size`` of the latents where it is not native."""
+
     def coeffs(self, t: Tensor) -> Coeffs: ...
-    def encode_prompts(self, prompts: Sequence[str]) -> Cond: ...
+    def solver(self, steps: int) -> Any:
+        """A copy of the stock scheduler, set to ``steps`` steps at the native size."""
+
+    def encode_prompts(self, prompts: Sequence[str | None]) -> Cond:
+        """None is the absence of a prompt, which guidance starts from: for most models the same as an empty one."""
+
+    def sized(self, cond: Cond, frame: Tensor) -> Cond:
+        """Tell of the pictures' sizes, where the model listens to that. ``frame`` (B, 6): original height and width,
+        top and left of the cut in the resized picture, target height and width; :meth:`encode_prompts` gives the
+        native size, uncut.
+        """
+
     def encode_images(self, pixels: Tensor) -> Tensor: ...
     def decode(self, latents: Tensor) -> Tensor: ...
     def predict(self, x: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0, negative: Cond | None = None) -> Tensor: ...
@@ -129,11 +173,11 @@ class Weights:
         if name not in self.snapshots:
             if name != "reference":
                 raise ModelError(f"no weights called {name!r}", hint=f"known: reference, {', '.join(self.snapshots)}")
-            self.net.disable_adapters()
+            _switch_adapters(self.net, False)
             try:
                 yield
             finally:
-                self.net.enable_adapters()
+                _switch_adapters(self.net, True)
             return
         self._swap(name)
         try:
@@ -147,13 +191,21 @@ class Weights:
             p.data, snapshot[n] = snapshot[n].to(p.device), p.data
 
 
+def _switch_adapters(net: nn.Module, on: bool) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in net.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.enable_adapters(on)
+
+
 def _add_lora(net: Any, spec: LoRA, load_lora: Any) -> None:
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha or spec.rank, target_modules=spec.target_modules, lora_dropout=0.0)
     try:
         if spec.path is None:
-            net.add_adapter(config)
+            inject_adapter_in_model(config, net)
         else:
             load_lora(spec.path)
     except (ValueError, OSError, KeyError, RuntimeError) as e:
@@ -174,9 +226,9 @@ def check_finite(net: nn.Module, where: str) -> None:
             raise ModelError(f"{where}: the weight {name} is not finite", hint="the file is damaged; fetch it again")
 
 
-def fingerprint(modules: dict[str, nn.Module]) -> str:
-    """Hash of weights and names: what a cache of these modules' outputs depends on."""
-    digest = hashlib.sha256()
+def fingerprint(modules: dict[str, nn.Module], settings: object) -> str:
+    """Hash of weights, names and settings: what a cache of these modules' outputs depends on."""
+    digest = hashlib.sha256(repr(settings).encode())
     for key, module in sorted(modules.items()):
         digest.update(key.encode())
         for name, p in sorted(module.state_dict().items()):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffalign.data.cache import TensorCache
-from diffalign.data.images import to_tensor
+from diffalign.data.images import frame, to_tensor
 from diffalign.data.pairs import Pair
 from diffalign.models import Cond, Model
 from diffalign.objectives import Need, PairTerms
@@ -22,10 +22,15 @@ from diffalign.timesteps import TimestepPolicy
 
 @dataclass(frozen=True)
 class PairBatch:
-    """B encoded pairs with their noise: ``u`` (B,) fractions of the schedule, the rest (B, C, H, W)."""
+    """B encoded pairs with their noise: ``u`` (B,) fractions of the schedule, the rest (B, C, H, W).
+
+    The frames (B, 6) say how each picture was cut: see :meth:`diffalign.models.Model.sized`.
+    """
 
     winner: Tensor
     loser: Tensor
+    winner_frame: Tensor
+    loser_frame: Tensor
     eps: Tensor
     u: Tensor
     cond: Cond
@@ -69,7 +74,7 @@ class OfflinePairs:
         self.pairs = list(pairs)
         self._order: tuple[int, list[int]] = (-1, [])
         key = model.fingerprint()
-        self.latents = TensorCache(cache / f"latents-{key}-{size[0]}x{size[1]}")
+        self.latents = TensorCache(cache / f"pictures-{key}-{size[0]}x{size[1]}")
         self.texts = TensorCache(cache / f"texts-{key}")
         self._encode(size)
 
@@ -78,14 +83,16 @@ class OfflinePairs:
         self.keys = [p.key for p in pictures]
 
         def latents(rows: list[int]) -> dict[str, Tensor]:
-            return {"x0": self.model.encode_images(torch.stack([to_tensor(pictures[i].load(), size) for i in rows]))}
+            images = [pictures[i].load() for i in rows]
+            x0 = self.model.encode_images(torch.stack([to_tensor(image, size) for image in images]))
+            return {"x0": x0, "frame": torch.stack([frame(image, size) for image in images])}
 
         self.latents.fill(self.keys, latents)
-        prompts = list(dict.fromkeys(["", *(p.prompt for p in self.pairs)]))
+        prompts = list(dict.fromkeys([None, *(p.prompt for p in self.pairs)]))
         self.texts.fill(
-            [text_key(p) for p in prompts], lambda rows: vars(self.model.encode_prompts([prompts[i] for i in rows]))
+            [text_key(p) for p in prompts], lambda rows: self.model.encode_prompts([prompts[i] for i in rows]).parts()
         )
-        self.cond: type[Cond] = type(self.model.encode_prompts([""]))
+        self.cond: type[Cond] = type(self.model.encode_prompts([None]))
 
     @property
     def pairs_per_step(self) -> int:
@@ -121,16 +128,18 @@ class OfflinePairs:
             us.append(self.timesteps.draw(1, g))
             noises.append(torch.randn(self.latents[self.keys[2 * i]]["x0"].shape, generator=g))
             dropped = epoch >= 0 and torch.rand((), generator=g).item() < self.caption_dropout
-            texts.append(text_key("" if dropped else self.pairs[i].prompt))
-        index = [i for _, i in rows]
-        cond = self.cond(**{part: torch.stack([self.texts[t][part] for t in texts]) for part in self.texts[texts[0]]})
+            texts.append(text_key(None if dropped else self.pairs[i].prompt))
+        winners = [self.latents[self.keys[2 * i]] for _, i in rows]
+        losers = [self.latents[self.keys[2 * i + 1]] for _, i in rows]
         return PairBatch(
-            torch.stack([self.latents[self.keys[2 * i]]["x0"] for i in index]),
-            torch.stack([self.latents[self.keys[2 * i + 1]]["x0"] for i in index]),
+            torch.stack([p["x0"] for p in winners]),
+            torch.stack([p["x0"] for p in losers]),
+            torch.stack([p["frame"] for p in winners]),
+            torch.stack([p["frame"] for p in losers]),
             torch.stack(noises),
             torch.cat(us),
-            cond,
-            torch.ones(len(index)),
+            self.cond.cat([self.cond(**{part: x[None] for part, x in self.texts[t].items()}) for t in texts]),
+            torch.ones(len(rows)),
         )
 
     def terms(self, model: Model, batch: PairBatch, needs: frozenset[Need]) -> PairTerms:
@@ -143,9 +152,12 @@ def pair_terms(model: Model, batch: PairBatch, timesteps: TimestepPolicy, needs:
     both = "loser" in needs
     device = model.timestep(batch.u).device
     x0 = torch.cat([batch.winner, batch.loser]) if both else batch.winner
-    eps, cond = (torch.cat([batch.eps] * 2), batch.cond.cat([batch.cond] * 2)) if both else (batch.eps, batch.cond)
+    eps, u = (torch.cat([batch.eps] * 2), torch.cat([batch.u] * 2)) if both else (batch.eps, batch.u)
+    cond = model.sized(batch.cond, batch.winner_frame)
+    if both:
+        cond = batch.cond.cat([cond, model.sized(batch.cond, batch.loser_frame)])
     x0, eps, cond = x0.to(device), eps.to(device), cond.to(device)
-    t = model.timestep(torch.cat([batch.u] * 2) if both else batch.u)
+    t = model.timestep(u, (x0.shape[-2], x0.shape[-1]))
     c = model.coeffs(t)
     x, wanted = add_noise(x0, eps, c), target(model.kind, x0, eps, c)
     scale = timesteps.weight(c)
@@ -163,9 +175,9 @@ def pair_terms(model: Model, batch: PairBatch, timesteps: TimestepPolicy, needs:
     return PairTerms(winner, loser, ref_w, ref_l, batch.u.to(device), batch.weight.to(device))
 
 
-def text_key(prompt: str) -> str:
-    """Cache key of a prompt."""
-    return hashlib.sha256(prompt.encode()).hexdigest()
+def text_key(prompt: str | None) -> str:
+    """Cache key of a prompt, or of its absence."""
+    return "none" if prompt is None else hashlib.sha256(prompt.encode()).hexdigest()
 
 
 def _generator(*key: object) -> torch.Generator:

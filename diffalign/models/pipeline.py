@@ -1,0 +1,293 @@
+"""What the families share: a stock pipeline, one of whose networks is trained, on a noise-prediction or a flow path."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from diffalign.errors import ModelError
+from diffalign.models.attention import set_attention
+from diffalign.models.base import Cond, ModelSpec, Weights, check_finite, fingerprint
+from diffalign.path import Coeffs, Kind
+
+
+class PipelineModel:
+    """See :class:`diffalign.models.base.Model`. Latents are posterior means, shifted and scaled as the VAE's config says.
+
+    A family states the facts below, fills :meth:`_encode` and :meth:`_forward`, and takes its path from
+    :class:`NoisePrediction` or :class:`FlowMatching`.
+    """
+
+    family: ClassVar[str]
+    kinds: ClassVar[tuple[Kind, ...]]
+    tested: ClassVar[str] = "tiny random weights of the stock classes"
+    net_name: ClassVar[str] = "transformer"
+    encoders: ClassVar[tuple[str, ...]]
+    """Names of the text encoders in the pipeline."""
+    text_setting: ClassVar[str]
+    """Which of the text settings of :class:`ModelSpec` applies: ``long_prompts`` or ``max_sequence_length``."""
+    load_options: ClassVar[dict[str, Any]] = {}
+    lora_file: ClassVar[str] = "pytorch_lora_weights.safetensors"
+    lora_prefix: ClassVar[str] = "transformer."
+    """Before the names of the weights in that file."""
+
+    kind: Kind
+
+    def __init__(self, pipeline: Any, spec: ModelSpec) -> None:
+        self.path, self.spec, self.pipeline = spec.path, spec, pipeline
+        self.net = getattr(pipeline, self.net_name)
+        self.scheduler = pipeline.scheduler
+        for name in {"long_prompts", "max_sequence_length"} - {self.text_setting}:
+            if getattr(spec, name) != ModelSpec.model_fields[name].default:
+                raise ModelError(f"model.{name} does not apply to {self.family}", hint=f"it has model.{self.text_setting}")
+        pipeline.set_progress_bar_config(disable=True)
+        check_finite(self.net, f"{spec.path}/{self.net_name}")
+        for name, module in self._frozen().items():
+            module.requires_grad_(False).eval()
+            check_finite(module, f"{spec.path}/{name}")
+        self.latent_shape = self._latent_shape()
+        factor = pipeline.vae_scale_factor
+        self.resolution = (self.latent_shape[1] * factor, self.latent_shape[2] * factor)
+        if spec.attention is not None:
+            set_attention(self.net, spec.attention)
+        self.named_weights = Weights(self.net, spec, self._load_lora)
+        self.dtype = torch.float32 if spec.lora is None else getattr(torch, spec.dtype)
+        self._empty: Cond | None = None
+        self.truncated_prompts = 0
+
+    @classmethod
+    def load(cls, folder: Path, spec: ModelSpec) -> Self:
+        """From a folder in the diffusers layout."""
+        from diffusers import DiffusionPipeline
+
+        dtypes = {"default": getattr(torch, spec.dtype), "vae": torch.float32}
+        if spec.lora is None:
+            dtypes[cls.net_name] = torch.float32
+        # a pipeline saved without a part, such as SD3 without its T5, loads only if told so
+        index = json.loads((folder / "model_index.json").read_text())
+        absent = {name: None for name, part in index.items() if isinstance(part, list) and part[0] is None}
+        options = {"variant": spec.variant, "dtype": dtypes, "local_files_only": True} | absent | cls.load_options
+        return cls(DiffusionPipeline.from_pretrained(folder, **options), spec)
+
+    # --- what a family says ------------------------------------------------------------------------------------------
+
+    def _latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the latents at the native size."""
+        size = self.net.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.net.config.in_channels, height, width
+
+    def _encode(self, texts: list[str]) -> Cond:
+        raise NotImplementedError
+
+    def _forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The network's prediction for (B, C, H, W), in its own dtype."""
+        raise NotImplementedError
+
+    # --- shared ------------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.pipeline.vae.parameters()).device
+
+    def to(self, device: torch.device) -> Self:
+        self.pipeline.to(device)
+        self._empty = None
+        return self
+
+    def _frozen(self) -> dict[str, Any]:
+        """The parts that are never trained, by name; a pipeline may come without one of its text encoders."""
+        parts = {name: getattr(self.pipeline, name) for name in ("vae", *self.encoders)}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    @property
+    def text_length(self) -> int:
+        """Tokens that the T5 reads."""
+        if self.spec.max_sequence_length is not None:
+            return self.spec.max_sequence_length
+        stock: int = inspect.signature(self.pipeline.__call__).parameters["max_sequence_length"].default
+        return stock
+
+    def _count_long(self, tokenizer: Any, texts: list[str], limit: int) -> None:
+        found = tokenizer(texts, truncation=False, verbose=False).input_ids
+        self.truncated_prompts += sum(len(ids) > limit for ids in found)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str | None]) -> Cond:
+        """(B, L, D) embeddings and what else the family needs; prompts beyond the encoder's length are cut and counted."""
+        return self._encode([p or "" for p in prompts])
+
+    def sized(self, cond: Cond, frame: Tensor) -> Cond:
+        """See :meth:`diffalign.models.base.Model.sized`."""
+        return cond if cond.frame is None else replace(cond, frame=frame.to(cond.frame))
+
+    def _native_frame(self, rows: int) -> Tensor:
+        height, width = self.resolution
+        return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=self.device).repeat(rows, 1)
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] to latents."""
+        vae = self.pipeline.vae
+        mean = vae.encode(pixels.to(self.device) * 2 - 1).latent_dist.mean
+        return (mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents to (B, 3, H, W) in [0, 1]."""
+        vae = self.pipeline.vae
+        z = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        return (vae.decode(z, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+
+    def predict(self, x: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0, negative: Cond | None = None) -> Tensor:
+        """Native prediction at x_t, fp32; with ``guidance`` above 1 extrapolated from the negative (or no) prompt."""
+        if guidance == 1.0:
+            return self._call(x, t, cond)
+        if negative is None:
+            self._empty = self._empty or self.encode_prompts([None])
+            negative = self._empty[[0] * len(cond)]
+        if cond.frame is not None:
+            negative = self.sized(negative, cond.frame)
+        low, high = self._call(torch.cat([x, x]), torch.cat([t, t]), Cond.cat([negative, cond])).chunk(2)
+        return low + guidance * (high - low)
+
+    def _call(self, x: Tensor, t: Tensor, cond: Cond, **more: Any) -> Tensor:
+        cond = replace(cond.to(self.dtype), frame=cond.frame)  # bf16 would round sizes in pixels
+        return self._forward(x.to(self.dtype), t, cond, **more).float()
+
+    def weights(self, name: str) -> AbstractContextManager[None]:
+        return self.named_weights.use(name)
+
+    def fingerprint(self) -> str:
+        """Of the parts whose outputs are cached, and the settings that they depend on."""
+        setting = self.text_length if self.text_setting == "max_sequence_length" else self.spec.long_prompts
+        return fingerprint(self._frozen(), (type(self.pipeline).__name__, setting))
+
+    def export(self, folder: Path) -> list[Path]:
+        """Write what was trained so that stock diffusers loads it: an adapter, or the whole pipeline."""
+        if self.spec.lora is None:
+            self.pipeline.save_pretrained(folder, safe_serialization=True)
+            return [folder / "model_index.json"]
+        from peft import get_peft_model_state_dict
+
+        net = self.named_weights.net
+        self._save_lora(folder, get_peft_model_state_dict(net), net.peft_config["default"])
+        return [folder / self.lora_file]
+
+    def restore(self, folder: Path) -> None:
+        """Put what :meth:`export` wrote into the current weights; the reference stays."""
+        from peft import set_peft_model_state_dict
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        net = self.named_weights.net
+        try:
+            if self.spec.lora is None:
+                files = sorted((folder / self.net_name).glob("diffusion_pytorch_model*.safetensors"))  # large ones in shards
+                if not files:
+                    raise FileNotFoundError(f"no weights of the {self.net_name}")
+                net.load_state_dict({k: v for file in files for k, v in load_file(file).items()})
+            else:
+                state = load_file(folder / self.lora_file)
+                set_peft_model_state_dict(net, {k.removeprefix(self.lora_prefix): v for k, v in state.items()})
+        except (OSError, SafetensorError, RuntimeError) as e:
+            raise ModelError(f"{folder}: cannot load the trained weights: {' '.join(str(e).split())[:300]}") from e
+
+    def _save_lora(self, folder: Path, state: dict[str, Tensor], config: Any) -> None:
+        layers = {f"{self.net_name}_lora_layers": state, f"{self.net_name}_lora_adapter_metadata": config.to_dict()}
+        self.pipeline.save_lora_weights(folder, **layers)
+
+    def _load_lora(self, path: str) -> None:
+        self.pipeline.load_lora_weights(path, adapter_name="default")
+
+
+class NoisePrediction(PipelineModel):
+    """A discrete variance-preserving schedule; ``t`` is an index into it."""
+
+    kinds = ("epsilon", "v_prediction", "sample")
+
+    def __init__(self, pipeline: Any, spec: ModelSpec) -> None:
+        super().__init__(pipeline, spec)
+        if not hasattr(self.scheduler, "alphas_cumprod"):
+            name = type(self.scheduler).__name__
+            raise ModelError(f"{spec.path}: the scheduler {name} is not of noise prediction", hint="it has no alphas_cumprod")
+        kind = self.scheduler.config.prediction_type
+        if kind not in self.kinds:
+            raise ModelError(f"{spec.path}: prediction type {kind!r} is not supported", hint=", ".join(self.kinds))
+        self.kind = kind
+        abar = self.scheduler.alphas_cumprod.double()
+        self._alpha, self._sigma = abar.sqrt().float(), (1 - abar).sqrt().float()
+
+    def to(self, device: torch.device) -> Self:
+        self._alpha, self._sigma = self._alpha.to(device), self._sigma.to(device)
+        return super().to(device)
+
+    def timestep(self, u: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Fractions of the schedule in [0, 1) to integer timesteps, whatever the size."""
+        return (u.double() * len(self._alpha)).long().to(self.device)
+
+    def coeffs(self, t: Tensor) -> Coeffs:
+        return Coeffs(self._alpha[t], self._sigma[t])
+
+    def solver(self, steps: int) -> Any:
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.set_timesteps(steps)
+        return scheduler
+
+
+class FlowMatching(PipelineModel):
+    """A straight path from data to noise; ``t`` = 1000 sigma, a float in [0, 1000].
+
+    The scheduler's shift moves training times towards noise as it moves the steps of sampling: Esser et al. 2024,
+    section 5.3.2, with a constant shift, or one that grows with the number of image tokens.
+    """
+
+    kinds = ("flow",)
+    kind = "flow"
+    patch: ClassVar[int] = 2
+    """Side of the square of latents that is one image token."""
+
+    def __init__(self, pipeline: Any, spec: ModelSpec) -> None:
+        super().__init__(pipeline, spec)
+        if (name := type(self.scheduler).__name__) != "FlowMatchEulerDiscreteScheduler":
+            raise ModelError(f"{spec.path}: the scheduler {name} is not supported", hint="FlowMatchEulerDiscreteScheduler")
+        self.steps = self.scheduler.config.num_train_timesteps
+
+    def timestep(self, u: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Fractions of the schedule in [0, 1) to shifted times in [0, 1000)."""
+        sigma, shift = u.double(), self.scheduler.shift
+        if self.scheduler.config.use_dynamic_shifting:
+            sigma = self.scheduler.time_shift(self._mu(size), 1.0, sigma)
+        else:
+            sigma = shift * sigma / (1 + (shift - 1) * sigma)
+        return (self.steps * sigma).float().to(self.device)
+
+    def coeffs(self, t: Tensor) -> Coeffs:
+        sigma = t.float() / self.steps
+        return Coeffs(1 - sigma, sigma)
+
+    def solver(self, steps: int) -> Any:
+        scheduler = copy.deepcopy(self.scheduler)
+        mu = {"mu": self._mu()} if scheduler.config.use_dynamic_shifting else {}
+        scheduler.set_timesteps(steps, sigmas=self._sigmas(steps), **mu)
+        return scheduler
+
+    def _sigmas(self, steps: int) -> Any:
+        """Unshifted steps of sampling, where the pipeline has its own."""
+        return None
+
+    def _mu(self, size: tuple[int, int] | None = None) -> float:
+        """The logarithm of the shift, linear in the number of image tokens."""
+        c, (height, width) = self.scheduler.config, size or self.latent_shape[1:]
+        tokens = (height // self.patch) * (width // self.patch)
+        slope = (c.max_shift - c.base_shift) / (c.max_image_seq_len - c.base_image_seq_len)
+        return float(c.base_shift + slope * (tokens - c.base_image_seq_len))
