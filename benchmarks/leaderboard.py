@@ -49,7 +49,8 @@ class Row:
     same_weights_as: str = ""
 
 
-SFT = ("objective.type=sft",)
+# tuned on its own, with as many trials as DPO got before its settings were frozen
+SFT = ("objective.type=sft", "timesteps.type=uniform", "timesteps.low=0.4")
 ROWS: dict[str, Row] = {
     "dpo-lora": Row("Diffusion-DPO, LoRA, judge's labels"),
     "sft-winners": Row("SFT on the winners (control)", SFT),
