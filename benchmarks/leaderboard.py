@@ -49,7 +49,7 @@ class Row:
     same_weights_as: str = ""
 
 
-# tuned on its own, with as many trials as DPO got before its settings were frozen
+# the best of its own trials on select; DPO was best with times drawn from the whole path
 SFT = ("objective.type=sft", "timesteps.type=uniform", "timesteps.low=0.4")
 ROWS: dict[str, Row] = {
     "dpo-lora": Row("Diffusion-DPO, LoRA, judge's labels"),
@@ -267,6 +267,7 @@ def trial(name: str, overrides: Sequence[str]) -> None:
     line = {
         "row": name,
         "overrides": list(overrides),
+        "config": digest(CONFIG.read_bytes()),
         "train_seconds": metrics["train_seconds"],
         **{k: round(m, 4) for k, m in means.items()},
         **{f"{k}_gain": round(m - sum(before[k]) / len(before[k]), 4) for k, m in means.items() if k in ("exact", "score")},
