@@ -101,7 +101,7 @@ class TransformersCLIP(TextEncoder):
         net = load_pretrained(AutoModel, folder)
         if net.config.model_type not in ("clip", "siglip"):
             raise ModelError(f"{folder}: a {net.config.model_type} model, not CLIP or SigLIP")
-        super().__init__(net, of_folder(folder, centre), device)
+        super().__init__(net, of_folder(folder, net.config.vision_config.image_size, centre), device)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError) as e:
@@ -168,7 +168,7 @@ class TransformersViT(Encoder):
         from transformers import AutoModel
 
         net = load_pretrained(AutoModel, folder, unused="pooler.")  # DINO was published without
-        super().__init__(net, of_folder(folder, "floor"), device)
+        super().__init__(net, of_folder(folder, net.config.image_size, "floor"), device)
 
     def features(self, x: Tensor) -> Tensor:
         found: Tensor = self.net(pixel_values=x).last_hidden_state[:, 0].float()

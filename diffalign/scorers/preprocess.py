@@ -101,8 +101,10 @@ class Preprocess:
         return (x - mean) / std
 
 
-def of_folder(folder: Path, centre: Literal["round", "floor"]) -> Preprocess:
-    """What the image processor saved in a transformers folder does.
+def of_folder(folder: Path, side: int, centre: Literal["round", "floor"]) -> Preprocess:
+    """What the image processor saved in a transformers folder does; ``side`` is what the network takes.
+
+    One that does not resize expects pictures of that side; others are cropped like everywhere.
 
     Raises:
         ModelError: there is none, or it does something else than resize, crop and normalise.
@@ -115,15 +117,16 @@ def of_folder(folder: Path, centre: Literal["round", "floor"]) -> Preprocess:
         raise ModelError(
             f"{folder}: no image processor: {' '.join(str(e).split())[:200]}", hint="add its preprocessor_config.json"
         ) from e
-    filters: dict[int, Literal["bicubic", "bilinear"]] = {3: "bicubic", 2: "bilinear"}
-    size, crop = said.get("size") or {}, said.get("crop_size") or {}
-    resample = int(said.get("resample") or 0)
-    if not (said.get("do_resize", True) and said.get("do_normalize", True)) or resample not in filters:
-        raise ModelError(f"{folder}: its image processor does not resize (bicubic, bilinear) and normalise")
+    filters = {3: "bicubic", 2: "bilinear"}
+    if not said.get("do_resize", True):
+        said |= {"size": {"shortest_edge": side}, "resample": 3}
+    size, crop, resample = said.get("size") or {}, said.get("crop_size") or {}, int(said.get("resample") or 0)
+    if not said.get("do_normalize", True) or resample not in filters:
+        raise ModelError(f"{folder}: its image processor is none that resizes (bicubic, bilinear) and normalises")
     stats: Any = {"mean": tuple(said["image_mean"]), "std": tuple(said["image_std"]), "filter": filters[resample]}
     if edge := size.get("shortest_edge"):
-        side = crop.get("height", edge) if said.get("do_center_crop") else edge
-        return Preprocess(side, "crop", edge=edge, centre=centre, **stats)
+        cut = crop.get("height", edge) if said.get("do_center_crop") else edge
+        return Preprocess(cut, "crop", edge=edge, centre=centre, **stats)
     if size.get("height") != size.get("width"):
         raise ModelError(f"{folder}: its image processor makes pictures that are not square: {size}")
     return Preprocess(size["height"], "squash", **stats)
