@@ -255,7 +255,7 @@ def verify_scorer(name: str) -> list[Check]:
 
     kind, _, rest = name.partition(":")
     card: Card | None = scorer_class(kind).card if kind in SCORERS else None
-    if card is None or card.plugin is not None:
+    if card is None or not card.weights:
         raise ConfigError(f"{name} has no weights to verify", hint="`diffalign list scorers` names those that have")
     checks = check_files(card, weights_of(card, [p for p in rest.split(",") if p]))
     scorer = make_scorer(name)

@@ -186,7 +186,7 @@ class CycleReward(BlipReward):
         unit="unbounded",
         citation="Bahng et al. 2025, arXiv 2506.02095",
         licence="MIT",
-        weights=(Weight("carolineec/CycleReward-Combo", ("*.pth",)), TOKENIZER),
+        weights=(Weight("carolineec/CycleReward-Combo", ("*.safetensors", "*.pth")), TOKENIZER),
         geometry="crop",
         size=224,
         max_tokens=128,

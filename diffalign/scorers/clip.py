@@ -82,7 +82,7 @@ class CLIPScoreHessel(Similarity):
     card: ClassVar[Card] = Card(
         name="clipscore",
         summary='2.5 max(cos(image, "A photo depicts " + prompt), 0), the original CLIPScore',
-        unit="0 to 2.5; about 0.6 to 0.9 for fitting captions",
+        unit="2.5 x cosine; 0 to 2.5",
         citation="Hessel et al. 2021, arXiv 2104.08718",
         licence="of the model; OpenAI's CLIP: MIT",
         weights=(Weight("openai/clip-vit-base-patch32"),),

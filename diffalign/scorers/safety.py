@@ -37,7 +37,7 @@ class SafetyChecker(Reward):
     card: ClassVar[Card] = Card(
         name="safety",
         summary="-max concept margin of Stable Diffusion's safety checker; above 0 is safe",
-        unit="difference of cosines; -0.1 to 0.1",
+        unit="difference of cosines",
         citation="Rando et al. 2022, arXiv 2210.04610; CompVis/stable-diffusion-safety-checker",
         licence="CreativeML OpenRAIL-M",
         weights=(Weight("CompVis/stable-diffusion-safety-checker", ("*.safetensors", "config.json")),),

@@ -54,7 +54,7 @@ class Dino(SubjectFidelity):
     card: ClassVar[Card] = Card(
         name="dino",
         summary="mean cosine to the reference pictures under DINO ViT-S/16",
-        unit="cosine; 0.5 to 0.8",
+        unit="cosine; 0.6 to 0.9",
         citation="Ruiz et al. 2022 (DreamBooth), arXiv 2208.12242",
         licence="Apache-2.0",
         weights=(Weight("facebook/dino-vits16"),),
