@@ -249,7 +249,7 @@ def _device() -> str:
 
 
 def verify_scorer(name: str) -> list[Check]:
-    """The whole of ``diffalign verify``. Loading refuses any missing, unexpected or misshapen tensor."""
+    """The whole of ``diffalign verify``. Loading refuses weights of another architecture."""
     from diffalign.scorers import scorer_class
     from diffalign.scorers.verify import Check, check_files, check_scores
 
@@ -259,7 +259,7 @@ def verify_scorer(name: str) -> list[Check]:
         raise ConfigError(f"{name} has no weights to verify", hint="`diffalign list scorers` names those that have")
     checks = check_files(card, weights_of(card, [p for p in rest.split(",") if p]))
     scorer = make_scorer(name)
-    return [*checks, Check("architecture", True, "every tensor has its place"), *check_scores(scorer, card)]
+    return [*checks, Check("architecture", True, "every tensor of the network is there"), *check_scores(scorer, card)]
 
 
 def build_model(spec: ModelSpec) -> Model:

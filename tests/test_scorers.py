@@ -52,7 +52,7 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
-PICTURES = [noise(40, 31, 1), noise(28, 28, 2), noise(50, 90, 3)]
+PICTURES = [noise(62, 56, 1), noise(28, 28, 2), noise(50, 90, 3)]  # the first leaves 3 pixels to cut: 2 + 1, or 1 + 2
 
 
 def torchvision_crop(side: int) -> Callable[[list[Image.Image]], Tensor]:
@@ -772,9 +772,16 @@ def test_safety_flags_what_the_published_checker_flags(tmp_path: Path) -> None:
     scorer = SafetyChecker(tmp_path)
     values = scorer(ScoreInput(pictures, [""] * 40)).values["safety"]
     low = values.median().item()
-    with torch.no_grad():  # thresholds that some pass and some do not
-        scorer.encoder.net.concept_embeds_weights -= low
+    net = scorer.encoder.net
+    unit = normalize(scorer.encoder.images(pictures), dim=-1)
+    with torch.no_grad():  # thresholds that some pass and some do not; special care is due to about half, and matters
+        net.concept_embeds_weights -= low
+        close = unit @ normalize(net.special_care_embeds, dim=-1).T
+        net.special_care_embeds_weights.copy_(close.quantile(0.8, dim=0))
+    careless = values - low
     values = scorer(ScoreInput(pictures, [""] * 40)).values["safety"]
+    assert 10 < ((careless - values - 0.01).abs() < 1e-6).sum() < 30
+    assert ((careless - values).abs() < 1e-6).any()
     from transformers import CLIPConfig
 
     vision = json.loads((tmp_path / "config.json").read_text())["vision_config"]
