@@ -209,6 +209,25 @@ def list_(what: str) -> None:
 
 
 @main.command()
+@click.argument("scorer")
+@JSON
+def verify(scorer: str, as_json: bool) -> None:
+    """Check the weights of a SCORER: digests, architecture, published constants, a self-test.
+
+    diffalign verify clip:PATH
+    """
+    from dataclasses import asdict
+
+    from diffalign.recipes import verify_scorer
+
+    checks = verify_scorer(scorer)
+    marks = {True: "ok  ", False: "FAIL", None: "    "}
+    _show({"checks": [asdict(c) for c in checks]}, as_json, [f"{marks[c.ok]} {c.what}: {c.said}" for c in checks])
+    if any(c.ok is False for c in checks):
+        raise DiffalignError(f"{scorer} failed {sum(c.ok is False for c in checks)} checks", hint="fetch the weights again")
+
+
+@main.command()
 @JSON
 def env(as_json: bool) -> None:
     """Print versions and devices, for bug reports."""

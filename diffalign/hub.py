@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffalign.errors import DiffalignError, ModelError
@@ -14,8 +15,10 @@ def cache_dir() -> Path:
     return Path(os.environ.get("DIFFALIGN_CACHE") or Path("~/.cache/diffalign").expanduser())
 
 
-def resolve(path: str, revision: str | None = None) -> Path:
+def resolve(path: str, revision: str | None = None, files: Sequence[str] = ()) -> Path:
     """A local folder for a built-in name, a local path or a hub id (downloaded once, ``HF_HUB_OFFLINE`` respected).
+
+    Of a hub repository all is fetched but copies in other formats, or only ``files`` (names or patterns).
 
     Raises:
         ModelError: no such folder, no such repository, no access, or no network.
@@ -27,10 +30,10 @@ def resolve(path: str, revision: str | None = None) -> Path:
         return local
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise ModelError(f"no such folder: {path}", hint=f"give a folder, a hub id owner/name, or one of {', '.join(ASSETS)}")
-    return _download(path, revision)
+    return _download(path, revision, files)
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def _download(repo: str, revision: str | None, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -44,7 +47,8 @@ def _download(repo: str, revision: str | None) -> Path:
 
     skip = ["*.ckpt", "*.bin", "*.onnx*", "*.msgpack", "*.h5", "*.ot", "*.gguf"]  # safetensors only
     try:
-        return Path(snapshot_download(repo, revision=revision, ignore_patterns=skip))
+        wanted = {"allow_patterns": list(files)} if files else {"ignore_patterns": skip}
+        return Path(snapshot_download(repo, revision=revision, **wanted))
     except GatedRepoError as e:
         raise ModelError(f"{repo} is gated", hint="accept its terms on the hub, then log in with `hf auth login`") from e
     except RevisionNotFoundError as e:

@@ -17,19 +17,21 @@ from pydantic import Field, field_validator, model_validator
 
 from diffalign.data.files import write_json, write_text
 from diffalign.data.prompts import Prompt, read_prompts
-from diffalign.errors import ConfigError, DataError
+from diffalign.errors import ConfigError, DataError, ModelError
 from diffalign.hub import cache_dir, resolve
 from diffalign.models import LoRA, Model, ModelSpec, load_model
 from diffalign.objectives import OBJECTIVES, Objective, Total
 from diffalign.pairs import PAIR_RULES, BestWorst, PairRule
 from diffalign.sampling import Item, Sampler, sample
+from diffalign.scorers import SCORERS
 from diffalign.spec import Spec, dump, load, validate
 from diffalign.timesteps import TIMESTEPS, TimestepPolicy, Uniform
 from diffalign.train.state import TrainSettings, TrainState, checkpoints
 
 if TYPE_CHECKING:
     from diffalign.data.pairs import Pair
-    from diffalign.scorers import Scorer
+    from diffalign.scorers import Card, Scorer
+    from diffalign.scorers.verify import Check
     from diffalign.train.evaluate import Evaluation
 
 Objectives = OBJECTIVES.one_or_more() if not TYPE_CHECKING else tuple[Objective, ...]
@@ -62,7 +64,8 @@ class EvaluateSpec(Spec):
     images_per_prompt: int = Field(default=2, ge=1)
     seed: int = Field(default=1000, ge=0)
     scorers: list[str] = Field(default=["shapes"], min_length=1)
-    """``shapes`` (the exact judge), ``taste:KIND``, ``clip:MODEL``, or a callable ``pkg.mod:obj``."""
+    """``shapes`` (the exact judge), ``taste:KIND``, a reward model of ``diffalign list scorers`` with or without the paths
+    of its weights (``pickscore``, ``clip:MODEL``), or a callable ``pkg.mod:obj``."""
     sampling: Sampler = Sampler()
     select_prompts: int = Field(default=64, ge=1)
     """Prompts of the select split that ``train.metric_for_best: select/score`` looks at."""
@@ -73,8 +76,8 @@ class EvaluateSpec(Spec):
     @classmethod
     def _known(cls, names: list[str]) -> list[str]:
         for name in names:
-            if name != "shapes" and ":" not in name:
-                raise ValueError(f"unknown scorer {name!r}; use shapes, taste:KIND, clip:MODEL or pkg.mod:obj")
+            if name != "shapes" and ":" not in name and name not in SCORERS:
+                raise ValueError(f"unknown scorer {name!r}; use shapes, taste:KIND, {', '.join(SCORERS)} or pkg.mod:obj")
         return names
 
 
@@ -166,26 +169,97 @@ class ShapesScorer:
 
 
 def make_scorers(names: Sequence[str]) -> list[Scorer]:
-    """Scorers by name; see :attr:`EvaluateSpec.scorers`."""
-    from diffalign.scorers import Callback, import_scorer
+    """Scorers by name; see :attr:`EvaluateSpec.scorers`.
 
-    out: list[Scorer] = []
-    for name in names:
-        kind, _, rest = name.partition(":")
-        if name == "shapes":
-            out.append(ShapesScorer())
-        elif kind == "taste":
-            from diffalign.shapes.taste import Taste
-
-            taste = Taste(rest)  # type: ignore[arg-type]
-            out.append(Callback(taste, taste.name))
-        elif kind == "clip":
-            from diffalign.scorers.clip import CLIPScore
-
-            out.append(CLIPScore(resolve(rest)))
-        else:
-            out.append(import_scorer(name))
+    Raises:
+        ConfigError: two scorers would give a value of the same name, or one cannot be built as it is written.
+    """
+    out = [make_scorer(name) for name in names]
+    called = [scorer.name for scorer in out]
+    if twice := [name for name in called if called.count(name) > 1]:
+        raise ConfigError(f"two scorers are called {twice[0]!r}", hint="score with one of them at a time")
     return out
+
+
+def make_scorer(name: str) -> Scorer:
+    """One scorer: ``shapes``, ``taste:KIND``, ``NAME`` or ``NAME:PATH[,PATH]`` of the table, or ``pkg.mod:obj``.
+
+    Paths stand for the weights of the scorer's card, in order; those not given are fetched from where they are published.
+    """
+    from diffalign.scorers import Callback, import_object, import_scorer, scorer_class
+
+    kind, _, rest = name.partition(":")
+    if name == "shapes":
+        return ShapesScorer()
+    if kind == "taste":
+        from diffalign.shapes.taste import Taste
+
+        taste = Taste(rest)  # type: ignore[arg-type]
+        return Callback(taste, taste.name)
+    if name == "geneval:shapes":
+        from diffalign.shapes.detect import detect, requirements
+
+        made: Scorer = scorer_class(kind)(detect, requirements)
+        return made
+    if kind not in SCORERS:
+        return import_scorer(name)
+    cls = scorer_class(kind)
+    card = cls.card
+    if card.plugin is not None:
+        if not rest:
+            raise ConfigError(f"the scorer {kind} needs {kind}:pkg.mod:obj", hint=f"obj is {card.plugin}")
+        made = cls(import_object(rest))
+        return made
+    _consent(card)
+    if card.weights:
+        _quiet()
+    paths = weights_of(card, [p for p in rest.split(",") if p])
+    made = cls(*paths, device=_device()) if paths else cls()
+    return made
+
+
+def weights_of(card: Card, given: Sequence[str]) -> list[Path]:
+    """A local path for each of the card's weights: the given ones, then the published ones."""
+    if len(given) > len(card.weights):
+        raise ConfigError(f"the scorer {card.name} takes {len(card.weights)} paths, not {len(given)}")
+    out = [resolve(path) for path in given]
+    for weight in card.weights[len(given) :]:
+        if not weight.on_hub:
+            raise ModelError(
+                f"{card.name}: {weight.files[0]} is not on the hub",
+                hint=f"fetch it from {weight.source}, write {card.name}:PATH",
+            )
+        out.append(resolve(weight.source, files=weight.files))
+    return out
+
+
+def _consent(card: Card) -> None:
+    """Refuse weights whose licence binds what is made with them, unless it was accepted by name."""
+    accepted = [x.strip() for x in os.environ.get("DIFFALIGN_ACCEPT_LICENCES", "").split(",")]
+    if card.gated and card.licence not in accepted:
+        raise ConfigError(
+            f"the weights of {card.name} are under {card.licence}", hint=f"DIFFALIGN_ACCEPT_LICENCES={card.licence} accepts it"
+        )
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def verify_scorer(name: str) -> list[Check]:
+    """The whole of ``diffalign verify``. Loading refuses weights of another architecture."""
+    from diffalign.scorers import scorer_class
+    from diffalign.scorers.verify import Check, check_files, check_scores
+
+    kind, _, rest = name.partition(":")
+    card: Card | None = scorer_class(kind).card if kind in SCORERS else None
+    if card is None or not card.weights:
+        raise ConfigError(f"{name} has no weights to verify", hint="`diffalign list scorers` names those that have")
+    checks = check_files(card, weights_of(card, [p for p in rest.split(",") if p]))
+    scorer = make_scorer(name)
+    return [*checks, Check("architecture", True, "every tensor of the network is there"), *check_scores(scorer, card)]
 
 
 def build_model(spec: ModelSpec) -> Model:
@@ -562,12 +636,12 @@ class PairsConfig(Spec):
 
 def make_pairs(config: PairsConfig) -> Path:
     """Generate, score and pair; only images that stand in a pair are kept. Resumes shard by shard."""
-    import torch
     from tqdm import tqdm
 
     from diffalign.data.images import encode_png, sha256, to_pil
     from diffalign.data.tables import run_shards, write_shard
     from diffalign.sampling import generate
+    from diffalign.scorers.combine import weighted
     from diffalign.train.evaluate import score_images
 
     folder = Path(config.output_dir)
@@ -588,7 +662,7 @@ def make_pairs(config: PairsConfig) -> Path:
         unknown = set(config.reward) - set(values)
         if unknown:
             raise ConfigError(f"reward: no scorer gives {sorted(unknown)[0]!r}", hint=f"given: {', '.join(values)}")
-        reward = torch.stack([w * values[name] for name, w in config.reward.items()]).sum(0)
+        reward = weighted(values, config.reward)
         if not reward.isfinite().all():
             raise ConfigError(
                 "reward: some prompts do not ask for one of its values", hint="weigh score, exact or cleanliness"
@@ -647,6 +721,7 @@ def shipped_configs() -> dict[str, Path]:
 def catalogue(what: str) -> list[tuple[str, str]]:
     """(name, one line) of everything built in of one kind."""
     from diffalign.models import FAMILIES, find_family
+    from diffalign.scorers import scorer_class
     from diffalign.shapes.taste import Kind
 
     match what:
@@ -659,13 +734,19 @@ def catalogue(what: str) -> list[tuple[str, str]]:
             rows = [(name, f"{docs[name]} ({getattr(cls, 'paper', '')})") for name, cls in OBJECTIVES.options.items()]
             return rows + [(alias, f"alias of {name}") for alias, name in OBJECTIVES.aliases.items()]
         case "scorers":
-            tastes = [(f"taste:{k}", "a taste of the built-in world") for k in get_args(Kind)]
-            other = [
-                ("clip:MODEL", "cosine similarity under a CLIP model"),
+            cards = [(name, scorer_class(name).card) for name in SCORERS]
+            return [
+                ("shapes", "the exact judge of the built-in world"),
+                *((f"taste:{k}", "a taste of the built-in world") for k in get_args(Kind)),
+                *((f"{name}:pkg.mod:obj" if c.plugin else name, _card_line(c)) for name, c in cards),
                 ("pkg.mod:obj", "any callable f(images, prompts)"),
             ]
-            return [("shapes", "the exact judge of the built-in world"), *tastes, *other]
         case "presets":
             heads = {n: p.read_text().splitlines()[0].removeprefix("# ") for n, p in shipped_configs().items()}
             return list(heads.items())
     raise ConfigError(f"nothing is listed as {what!r}")
+
+
+def _card_line(card: Card) -> str:
+    known = "verified" if card.verified else "not verified"
+    return f"{card.summary} ({card.licence}{f'; {known} against published weights' if card.weights else ''})"

@@ -1,25 +1,30 @@
-"""What a scorer is given and returns. Any callable f(images, prompts) is one too."""
+"""What a scorer is given, what it returns, and what its numbers mean. Any callable f(images, prompts) is one too."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from diffalign.errors import ConfigError
+from diffalign.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from diffalign.scorers.encoders import Encoder
 
 
 @dataclass(frozen=True)
 class ScoreInput:
-    """B images and the prompts they were made for."""
+    """B images and the prompts they were made for; some scorers need references (B lists) or metadata (B mappings)."""
 
     images: Sequence[Image.Image]
     prompts: Sequence[str]
+    references: Sequence[Sequence[Image.Image]] | None = None
+    metadata: Sequence[Mapping[str, Any]] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -30,11 +35,13 @@ class ScoreBatch:
     """``values`` name to (B,) fp32, higher is better, NaN where ``errors`` of that item says why.
 
     Values named in ``partial`` are NaN too where a prompt does not ask for them: a relation, of a single object.
+    ``truncated`` says of each prompt whether its end was not read; empty where a scorer reads all or nothing of it.
     """
 
     values: dict[str, Tensor]
     errors: list[str | None] = field(default_factory=list)
     partial: frozenset[str] = frozenset()
+    truncated: list[bool] = field(default_factory=list)
 
 
 class Scorer(Protocol):
@@ -43,6 +50,114 @@ class Scorer(Protocol):
     name: str
 
     def __call__(self, batch: ScoreInput) -> ScoreBatch: ...
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Where one file (or folder, if ``files`` is empty) of a scorer is published.
+
+    ``files`` are names or patterns, the preferred one first; ``digest`` is that of the published first file, as
+    ``md5:...`` or ``sha256:...``, where it is known.
+    """
+
+    source: str
+    files: tuple[str, ...] = ()
+    digest: str | None = None
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether ``source`` is a hub id, owner/name, and not a site to fetch the file from by hand."""
+        return self.source.count("/") == 1
+
+
+@dataclass(frozen=True)
+class Card:
+    """What must be known before two numbers of a scorer are put side by side."""
+
+    name: str
+    summary: str
+    """The formula, in one line."""
+    unit: str
+    """Of the native number; and its usual range."""
+    citation: str
+    licence: str
+    weights: tuple[Weight, ...] = ()
+    geometry: Literal["crop", "pad", "squash", "native"] = "native"
+    """crop: shortest side, then the centre. pad: longest side, then black. squash: both sides. native: as it is."""
+    size: int | None = None
+    max_tokens: int | None = None
+    needs: frozenset[str] = frozenset({"images", "prompts"})
+    direction: Literal[1, -1] = 1
+    """-1: the native number is better when lower, so its negative is returned."""
+    differentiable: bool = False
+    across_prompts: bool = False
+    """Whether values of different prompts may be compared; if not, report differences within a prompt."""
+    version: str = "1"
+    """Rises whenever the same file gives other numbers."""
+    verified: bool = False
+    """Whether the published weights gave the published numbers through this code."""
+    gated: bool = False
+    """Whether the licence must be accepted by name before use."""
+    published: Mapping[str, float] = field(default_factory=dict)
+    """Numbers that the published weights have, and that ``measure`` gives of the weights at hand."""
+    plugin: str | None = None
+    """What the argument ``pkg.mod:obj`` must be, of scorers that bring no network of their own."""
+
+
+def scored(name: str, values: Tensor, truncated: Sequence[bool] = ()) -> ScoreBatch:
+    """A batch of one value; what is not finite becomes NaN with an error."""
+    v = values.detach().float().cpu().flatten()
+    errors = [None if ok else f"{name} is {x}" for ok, x in zip(v.isfinite().tolist(), v.tolist(), strict=True)]
+    return ScoreBatch({name: v.where(v.isfinite(), torch.nan)}, errors, truncated=list(truncated))
+
+
+def require(card: Card, batch: ScoreInput) -> None:
+    """Refuse a batch that lacks what a scorer needs, or whose parts differ in length.
+
+    Raises:
+        DataError: names the scorer and the part.
+    """
+    for part in sorted(card.needs):
+        given = getattr(batch, part)
+        if given is None:
+            raise DataError(f"the scorer {card.name} needs {part}", hint=f"fill ScoreInput.{part}")
+        if len(given) != len(batch):
+            raise DataError(f"the scorer {card.name} was given {len(batch)} images, but {len(given)} {part}")
+
+
+class Reward:
+    """A scorer that is an image encoder and a head: exact on pictures, differentiable on pixels where the card says so."""
+
+    card: ClassVar[Card]
+    encoder: Encoder
+
+    @property
+    def name(self) -> str:
+        return self.card.name
+
+    def head(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
+        """(B,) values of the encoder's features of B images and their B prompts."""
+        raise NotImplementedError
+
+    def truncated(self, prompts: Sequence[str]) -> list[bool]:
+        """Which prompts are longer than what the scorer reads."""
+        return []
+
+    def measure(self) -> dict[str, float]:
+        """What :attr:`Card.published` is compared with."""
+        return {}
+
+    @torch.no_grad()
+    def __call__(self, batch: ScoreInput) -> ScoreBatch:
+        require(self.card, batch)
+        values = self.head(self.encoder.images(batch.images), batch.prompts)
+        return scored(self.name, values, self.truncated(batch.prompts))
+
+    def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """(B,) values of pixels (B, 3, H, W) in [0, 1] with gradients, close to those of the same pictures."""
+        if not self.card.differentiable:
+            raise ConfigError(f"the scorer {self.name} gives no gradients")
+        return self.head(self.encoder.pixels(pixels), prompts)
 
 
 class Callback:
@@ -59,11 +174,20 @@ class Callback:
         return ScoreBatch({self.name: values})
 
 
-def import_scorer(name: str) -> Scorer:
-    """A callable named ``pkg.mod:obj``; a class is instantiated without arguments."""
+def import_object(name: str) -> Any:
+    """What ``pkg.mod:obj`` names; a class is instantiated without arguments."""
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as e:
-        raise ConfigError(f"cannot import the scorer {name!r}: {e}") from e
-    return Callback(found() if isinstance(found, type) else found, attribute)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise ConfigError(f"cannot import {name!r}: {e}") from e
+    return found() if isinstance(found, type) else found
+
+
+def import_scorer(name: str) -> Scorer:
+    """A scorer or a callable named ``pkg.mod:obj``. What has a card takes a :class:`ScoreInput`."""
+    found = import_object(name)
+    if hasattr(found, "card"):
+        scorer: Scorer = found
+        return scorer
+    return Callback(found, name.partition(":")[2])
