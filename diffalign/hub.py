@@ -1,12 +1,14 @@
-"""Paths: a built-in name, a local folder and a hub id mean the same everywhere."""
+"""Paths: a built-in name, a local folder and a hub id mean the same everywhere; and the way back, to the hub."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from diffalign.errors import DiffalignError, ModelError
-from diffalign.shapes.assets import ASSETS, asset
+from diffalign.shapes.assets import ASSETS, LICENCE, asset
 
 
 def cache_dir() -> Path:
@@ -14,8 +16,17 @@ def cache_dir() -> Path:
     return Path(os.environ.get("DIFFALIGN_CACHE") or Path("~/.cache/diffalign").expanduser())
 
 
-def resolve(path: str, revision: str | None = None) -> Path:
+def is_hub_id(path: str) -> bool:
+    """Whether a path names a repository of the hub: owner/name, and nothing local or built in."""
+    here = path in ASSETS or Path(path).expanduser().exists()
+    return not here and path.count("/") == 1 and not path.startswith((".", "/", "~"))
+
+
+def resolve(path: str, revision: str | None = None, variant: str | None = None) -> Path:
     """A local folder for a built-in name, a local path or a hub id (downloaded once, ``HF_HUB_OFFLINE`` respected).
+
+    Of a pipeline only what loads it is fetched: the folders of its parts, as safetensors where there are any, in the
+    ``variant`` asked for.
 
     Raises:
         ModelError: no such folder, no such repository, no access, or no network.
@@ -25,17 +36,58 @@ def resolve(path: str, revision: str | None = None) -> Path:
     local = Path(path).expanduser()
     if local.exists():
         return local
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+    if not is_hub_id(path):
         raise ModelError(f"no such folder: {path}", hint=f"give a folder, a hub id owner/name, or one of {', '.join(ASSETS)}")
-    return _download(path, revision)
+    return _download(path, revision, variant)
 
 
-def _download(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+def licence(path: str, revision: str | None = None, kind: str = "model") -> str | None:
+    """The licence that a model or a dataset states in its card, here or in the hub's cache; None where it states none."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.repocard import metadata_load
+
+    if path in ASSETS:
+        return LICENCE
+    card = Path(path).expanduser() / "README.md"
+    if is_hub_id(path):
+        cached = try_to_load_from_cache(path, "README.md", revision=revision, repo_type=kind)
+        card = Path(cached) if isinstance(cached, str) else card
+    if not card.is_file():
+        return None
+    stated = metadata_load(card) or {}
+    named = stated.get("license_name") if stated.get("license") == "other" else None
+    found = named or stated.get("license")
+    return ", ".join(map(str, found)) if isinstance(found, list) else found
+
+
+def push(folder: Path, files: Sequence[Path], repo: str, private: bool) -> str:
+    """Upload these files of a folder to a model repository, made if there is none; returns its address.
+
+    Raises:
+        ModelError: not logged in, or no such name.
+        DiffalignError: the hub refused, or cannot be reached.
+    """
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HFValidationError
+
+    if get_token() is None:
+        raise ModelError(f"{repo}: not logged in to the hub", hint="log in with `hf auth login`")
+    names = [str(f.relative_to(folder)) for f in files]
+    try:
+        address = HfApi().create_repo(repo, private=private, exist_ok=True)
+        HfApi().upload_folder(repo_id=repo, folder_path=folder, allow_patterns=names, commit_message="Upload by diffalign")
+    except HFValidationError as e:
+        raise ModelError(f"{repo}: no name of a repository", hint="it is owner/name") from e
+    except OSError as e:  # refused, or no connection
+        raise DiffalignError(f"{repo}: cannot upload: {' '.join(str(e).split())[:300]}") from e
+    return str(address)
+
+
+def _download(repo: str, revision: str | None, variant: str | None) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
+        EntryNotFoundError,
         GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -44,7 +96,15 @@ def _download(repo: str, revision: str | None) -> Path:
 
     skip = ["*.ckpt", "*.bin", "*.onnx*", "*.msgpack", "*.h5", "*.ot", "*.gguf"]  # safetensors only
     try:
-        return Path(snapshot_download(repo, revision=revision, ignore_patterns=skip))
+        try:
+            hf_hub_download(repo, "model_index.json", revision=revision)
+        except EntryNotFoundError:  # an adapter or a scorer; or it is not in the cache, which the next line will say
+            return Path(snapshot_download(repo, revision=revision, ignore_patterns=skip))
+        with suppress(EntryNotFoundError):
+            hf_hub_download(repo, "README.md", revision=revision)  # says the licence
+        from diffusers import DiffusionPipeline
+
+        return Path(DiffusionPipeline.download(repo, revision=revision, variant=variant))
     except GatedRepoError as e:
         raise ModelError(f"{repo} is gated", hint="accept its terms on the hub, then log in with `hf auth login`") from e
     except RevisionNotFoundError as e:
@@ -53,5 +113,5 @@ def _download(repo: str, revision: str | None) -> Path:
         raise ModelError(f"{repo}: no such folder, and no such repository on the hub", hint="check the name, or log in") from e
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as e:
         raise ModelError(f"{repo}: not in the local cache, and the hub cannot be reached", hint="give a local folder") from e
-    except (HFValidationError, HfHubHTTPError, OSError) as e:
+    except (ValueError, OSError) as e:  # a bad name or variant; the connection
         raise DiffalignError(f"{repo}: cannot download: {' '.join(str(e).split())[:300]}") from e

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -90,3 +92,52 @@ def overrides(tiny: Path, pairs_csv: Path, tmp_path: Path) -> list[str]:
         "evaluate.sampling.num_inference_steps=2",
         f"output_dir={tmp_path / 'run'}",
     ]
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny model, built when first asked for."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            import torch
+            from tiny_families import FAMILIES, randomise
+
+            from diffalign.recipes import _quiet
+
+            _quiet()
+            torch.manual_seed(0)
+            folder = tmp_path_factory.mktemp(name)
+            pipeline = FAMILIES[name](folder)
+            randomise(pipeline)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                pipeline.save_pretrained(folder)
+            made[name] = folder
+        return made[name]
+
+    return get
+
+
+@pytest.fixture
+def load(folder_of: Callable[[str], Path]) -> Callable[..., Any]:
+    import torch
+    from side_by_side import RANK_2
+
+    from diffalign.models import ModelSpec
+    from diffalign.recipes import build_model
+
+    def get(name: str, **settings: Any) -> Any:
+        torch.manual_seed(1)
+        return build_model(ModelSpec(**{"path": str(folder_of(name)), "lora": RANK_2} | settings))
+
+    return get
+
+
+@pytest.fixture
+def stock(folder_of: Callable[[str], Path]) -> Callable[[str], Any]:
+    """The stock pipeline as a user loads it."""
+    from side_by_side import open_stock
+
+    return lambda name: open_stock(folder_of(name))
