@@ -141,3 +141,32 @@ def stock(folder_of: Callable[[str], Path]) -> Callable[[str], Any]:
     from side_by_side import open_stock
 
     return lambda name: open_stock(folder_of(name))
+
+
+class FakeHub:
+    """Stands where the hub's client would speak to the network, and notes what it was given."""
+
+    def __init__(self) -> None:
+        self.private: bool | None = None
+        self.files: dict[str, list[str]] = {}
+
+    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> str:
+        assert exist_ok
+        self.private = private
+        return f"https://huggingface.co/{repo_id}"
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, allow_patterns: list[str], commit_message: str) -> None:
+        from huggingface_hub.utils import filter_repo_objects
+
+        there = [str(f.relative_to(folder_path)) for f in Path(folder_path).rglob("*") if f.is_file()]
+        self.files[repo_id] = sorted(filter_repo_objects(there, allow_patterns=allow_patterns))
+
+
+@pytest.fixture
+def fake_hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    import huggingface_hub
+
+    hub = FakeHub()
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "a login")
+    return hub

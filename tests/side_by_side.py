@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_families import FAMILIES
 
 from diffalign.data.images import to_uint8
 from diffalign.data.prompts import Prompt
 from diffalign.models import LoRA, Model
+from diffalign.recipes import TrainConfig, train
 from diffalign.sampling import Item, Sampler, generate, generators
+from diffalign.spec import validate, with_overrides
+from diffalign.train.tracking import read_metrics
 
 PROMPTS = ["a red circle on a grey background", "a blue square left of a pink cross, navy background"]
 RANK_2 = LoRA(rank=2, alpha=4)
+T5 = [name for name in FAMILIES if name.startswith(("sd3", "flux", "pixart"))]
 
 
 def open_stock(folder: Path) -> Any:
@@ -72,3 +77,15 @@ def disturb(model: Any, seed: int = 1) -> None:
     with torch.no_grad():
         for p in model.named_weights.trainable().values():
             p.add_(0.1 * torch.randn(p.shape, generator=g))
+
+
+def run(folder: Path, name: str, csv: Path, out: Path, *more: str) -> list[dict[str, float]]:
+    base = {"objective": {"type": "sigmoid", "beta": 500}, "model": {"path": str(folder), "lora": {"rank": 2}}}
+    if name in T5:
+        base["model"]["max_sequence_length"] = 0 if name == "sd3-without-t5" else 16
+    settings = [
+        f"data.path={csv}", "data.limit=6", "data.holdout=0", "train.max_steps=2", "train.per_device_train_batch_size=2",
+        "train.logging_steps=1", "train.learning_rate=1e-3", "train.caption_dropout=0.3", "evaluate.enabled=false",
+    ]  # fmt: skip
+    train(validate(TrainConfig, with_overrides(base, [*settings, f"output_dir={out}", *more])))
+    return read_metrics(out)

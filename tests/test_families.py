@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from side_by_side import PROMPTS, RANK_2, disturb, open_stock, our_images, our_latents, same, stock_images
+from side_by_side import PROMPTS, RANK_2, T5, disturb, open_stock, our_images, our_latents, run, same, stock_images
 from tiny_families import FAMILIES
 
 from diffalign import models
@@ -26,15 +26,11 @@ from diffalign.errors import ModelError
 from diffalign.models import LoRA, ModelSpec, load_model
 from diffalign.objectives import Sigmoid, pair_metrics
 from diffalign.path import add_noise
-from diffalign.recipes import TrainConfig, train
 from diffalign.report import write_report
-from diffalign.spec import validate, with_overrides
 from diffalign.timesteps import Uniform
 from diffalign.train.feeds import OfflinePairs
-from diffalign.train.tracking import read_metrics
 
 BOTH = frozenset({"loser", "reference"})
-T5 = [name for name in FAMILIES if name.startswith(("sd3", "flux", "pixart"))]
 FLOW = [name for name in FAMILIES if name.startswith(("sd3", "flux"))]
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
@@ -266,18 +262,6 @@ def test_full_fine_tuning_keeps_fp32_weights_beside_half_encoders(load: Any) -> 
     assert {p.dtype for p in model.net.parameters()} == {torch.float32}
     assert {p.dtype for p in model.pipeline.text_encoder_3.parameters()} == {torch.bfloat16}
     assert model.predict(*inputs(model)).isfinite().all()
-
-
-def run(folder: Path, name: str, csv: Path, out: Path, *more: str) -> list[dict[str, float]]:
-    base = {"objective": {"type": "sigmoid", "beta": 500}, "model": {"path": str(folder), "lora": {"rank": 2}}}
-    if name in T5:
-        base["model"]["max_sequence_length"] = 0 if name == "sd3-without-t5" else 16
-    settings = [
-        f"data.path={csv}", "data.limit=6", "data.holdout=0", "train.max_steps=2", "train.per_device_train_batch_size=2",
-        "train.logging_steps=1", "train.learning_rate=1e-3", "train.caption_dropout=0.3", "evaluate.enabled=false",
-    ]  # fmt: skip
-    train(validate(TrainConfig, with_overrides(base, [*settings, f"output_dir={out}", *more])))
-    return read_metrics(out)
 
 
 @every_family

@@ -197,13 +197,16 @@ class Weights:
         """Fold the adapter into the weights, in fp32 whatever their precision. After that there is nothing to train or
         to switch off.
         """
+        from diffusers.utils import recurse_remove_peft_layers
+
         for layer in _adapted(self.net):
             base = layer.get_base_layer()
             dtype = base.weight.dtype
             base.float()
             layer.merge()
             base.to(dtype)
-        self.net.unload_lora()
+        recurse_remove_peft_layers(self.net)  # net.unload_lora() does this too, where a network has it
+        del self.net.peft_config
         self.net.requires_grad_(False)
         self.snapshots.clear()
 

@@ -125,18 +125,19 @@ def to_kohya(adapter: Adapter, pipeline: Any, net_name: str) -> dict[str, Tensor
     """Kohya's keys: ``lora_unet_`` or ``lora_transformer_``, the layer's name with underscores, and alpha beside the weights.
 
     diffusers has a converter in this direction (``convert_state_dict_to_kohya``), but it writes the rank as alpha and does
-    not know transformers.
+    not know transformers. Its reader takes one alpha for all attention layers, so all get one here.
 
     Raises:
         ModelError: stock diffusers would not read the same layers back.
     """
     weights, alphas = adapter
+    common = mode(alphas.values())
     out: dict[str, Tensor] = {}
     for layer, alpha in alphas.items():
         name = f"lora_{net_name}_{layer.replace('.', '_')}"
         out[f"{name}.lora_down.weight"] = weights[layer + DOWN]
-        out[f"{name}.lora_up.weight"] = weights[layer + UP]
-        out[f"{name}.alpha"] = torch.tensor(float(alpha))
+        out[f"{name}.lora_up.weight"] = weights[layer + UP] * (alpha / common)
+        out[f"{name}.alpha"] = torch.tensor(float(common))
     family = type(pipeline).__name__
     lost = alphas.keys() ^ from_kohya(out, pipeline, net_name, family)[1].keys()
     if lost:
