@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from diffalign.errors import DiffalignError, ModelError
 from diffalign.shapes.assets import ASSETS, LICENCE, asset
+
+WEIGHTS = re.compile(r".+/[^./]+?(-\d+-of-\d+)?(\.(?P<variant>[^./]+?))?(-\d+-of-\d+)?\.(?P<kind>safetensors|bin)")
+"""``unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors``; older files have the variant after the number."""
+OTHERS = (".ckpt", ".onnx", ".onnx_data", ".msgpack", ".h5", ".ot", ".gguf")
+"""Weights for other programs."""
 
 
 def cache_dir() -> Path:
@@ -83,28 +90,57 @@ def push(folder: Path, files: Sequence[Path], repo: str, private: bool) -> str:
     return str(address)
 
 
+def pipeline_files(index: Mapping[str, Any], names: Sequence[str], variant: str | None) -> list[str]:
+    """Which files of a repository load its pipeline, whose ``model_index.json`` is ``index``; and its card, for the licence.
+
+    Of each part's weights one kind: safetensors before pickles, the variant before those without one.
+
+    Raises:
+        ModelError: no part has weights of this variant.
+    """
+    wanted = [name for name in names if name in ("model_index.json", "README.md")]
+    seen: set[str | None] = {None}
+    for part in (key for key, made_by in index.items() if isinstance(made_by, list) and made_by[0] is not None):
+        kinds: dict[tuple[bool, bool], list[str]] = {}
+        for name in (n for n in names if n.startswith(f"{part}/") and not n.endswith(OTHERS)):
+            weights = WEIGHTS.fullmatch(name)
+            if weights is None:
+                wanted.append(name)
+            elif weights["variant"] in (None, variant):
+                seen.add(weights["variant"])
+                kinds.setdefault((weights["kind"] == "bin", weights["variant"] != variant), []).append(name)
+        if kinds:
+            wanted += kinds[min(kinds)]
+    if variant not in seen:
+        raise ModelError(f"model.variant: no weights of the variant {variant!r}", hint="leave it out")
+    return wanted
+
+
 def _download(repo: str, revision: str | None, variant: str | None) -> Path:
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
+        HfHubHTTPError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    skip = ["*.ckpt", "*.bin", "*.onnx*", "*.msgpack", "*.h5", "*.ot", "*.gguf"]  # safetensors only
     try:
         try:
-            hf_hub_download(repo, "model_index.json", revision=revision)
+            index = Path(hf_hub_download(repo, "model_index.json", revision=revision))
         except EntryNotFoundError:  # an adapter or a scorer; or it is not in the cache, which the next line will say
-            return Path(snapshot_download(repo, revision=revision, ignore_patterns=skip))
-        with suppress(EntryNotFoundError):
-            hf_hub_download(repo, "README.md", revision=revision)  # says the licence
-        from diffusers import DiffusionPipeline
-
-        return Path(DiffusionPipeline.download(repo, revision=revision, variant=variant))
+            return Path(snapshot_download(repo, revision=revision, ignore_patterns=[f"*{end}" for end in (".bin", *OTHERS)]))
+        try:
+            names = HfApi().list_repo_files(repo, revision=revision)
+        except HfHubHTTPError:
+            raise
+        except Exception:  # offline or no connection, which each version of the client says in its own way
+            return index.parent
+        wanted = pipeline_files(json.loads(index.read_text()), names, variant)
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except GatedRepoError as e:
         raise ModelError(f"{repo} is gated", hint="accept its terms on the hub, then log in with `hf auth login`") from e
     except RevisionNotFoundError as e:
