@@ -50,6 +50,7 @@ def resolve(path: str, revision: str | None = None, variant: str | None = None) 
 
 def licence(path: str, revision: str | None = None, kind: str = "model") -> str | None:
     """The licence that a model or a dataset states in its card, here or in the hub's cache; None where it states none."""
+    import yaml
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.repocard import metadata_load
 
@@ -61,7 +62,10 @@ def licence(path: str, revision: str | None = None, kind: str = "model") -> str 
         card = Path(cached) if isinstance(cached, str) else card
     if not card.is_file():
         return None
-    stated = metadata_load(card) or {}
+    try:
+        stated = metadata_load(card) or {}
+    except (ValueError, yaml.YAMLError):  # it is there, and cannot be read
+        return None
     named = stated.get("license_name") if stated.get("license") == "other" else None
     found = named or stated.get("license")
     return ", ".join(map(str, found)) if isinstance(found, list) else found

@@ -466,6 +466,7 @@ def test_licences_are_read_never_guessed(tmp_path: Path) -> None:
         "---\nlicense: openrail++\n---\n": "openrail++",
         "---\nlicense: [mit, apache-2.0]\n---\n": "mit, apache-2.0",
         "---\nlicense: other\n---\n": "other",
+        "---\nlicense: [\n---\n": None,
     }.items():
         card.write_text(text)
         assert hub.licence(str(tmp_path)) == stated
