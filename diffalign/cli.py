@@ -122,6 +122,47 @@ def report(run: Path) -> None:
     click.echo(f"report: {write_report(run)}")
 
 
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("output", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--format", "format_", type=click.Choice(["diffusers", "kohya", "merged"]), default="diffusers", show_default=True
+)
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of a merged pipeline; the run's if not given."
+)
+def export(run: Path, output: Path | None, format_: Any, dtype: str | None) -> None:
+    """Write the trained weights of a RUN, with their card, to OUTPUT (RUN/exports/FORMAT if not given).
+
+    \b
+    diffusers  the adapter, or the whole pipeline, as the run left it
+    kohya      the adapter for ComfyUI and other programs
+    merged     the whole pipeline, the adapter folded into its weights
+    """
+    from diffalign.recipes import export_run
+    from diffalign.report import write_card
+
+    folder = export_run(run, format_, output, dtype)
+    click.echo(f"written: {write_card(run, folder, format_).parent}")
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("repository")
+@click.option("--private", is_flag=True, help="If the repository is made now, for you alone.")
+def push(run: Path, repository: str, private: bool) -> None:
+    """Upload the trained weights of a RUN and its card to the hub, as REPOSITORY (owner/name).
+
+    Log in with `hf auth login` first.
+    """
+    from diffalign import hub
+    from diffalign.recipes import exported
+    from diffalign.report import write_card
+
+    card = write_card(run, run, repository=repository)
+    click.echo(f"uploaded: {hub.push(run, [*exported(run), card], repository, private)}")
+
+
 @main.group()
 def config() -> None:
     """Look at configurations without running them."""

@@ -8,7 +8,7 @@ import platform
 import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
@@ -18,8 +18,8 @@ from pydantic import Field, field_validator, model_validator
 from diffalign.data.files import write_json, write_text
 from diffalign.data.prompts import Prompt, read_prompts
 from diffalign.errors import ConfigError, DataError, ModelError
-from diffalign.hub import cache_dir, resolve
-from diffalign.models import LoRA, Model, ModelSpec, load_model
+from diffalign.hub import cache_dir, licence, resolve
+from diffalign.models import Format, LoRA, Model, ModelSpec, load_model
 from diffalign.objectives import OBJECTIVES, Objective, Total
 from diffalign.pairs import PAIR_RULES, BestWorst, PairRule
 from diffalign.sampling import Item, Sampler, sample
@@ -267,7 +267,7 @@ def build_model(spec: ModelSpec) -> Model:
     _quiet()
     if spec.lora is not None and spec.lora.path is not None:
         spec = spec.model_copy(update={"lora": spec.lora.model_copy(update={"path": str(resolve(spec.lora.path))})})
-    return load_model(resolve(spec.path, spec.revision), spec)
+    return load_model(resolve(spec.path, spec.revision, spec.variant), spec)
 
 
 def _quiet() -> None:
@@ -314,6 +314,27 @@ def environment() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
     }
+
+
+def licences(config: TrainConfig) -> list[dict[str, str | None]]:
+    """What a run is made from: its part, its name, and the licence that it states; None where it states none."""
+    from diffalign.data.tables import read_table
+    from diffalign.shapes.assets import ASSETS, LICENCE
+
+    model, data = config.model, config.data.path
+    found = [("base model", model.path, licence(model.path, model.revision))]
+    if model.lora is not None and model.lora.path is not None:
+        found.append(("first adapter", model.lora.path, licence(model.lora.path)))
+    stated: set[str | None] = set()
+    if data not in ASSETS:
+        with suppress(DataError):  # no dataset folder, or one without the column
+            stated = set(read_table(Path(data), "images", ["licence"])["licence"].to_pylist())
+    of_images = ", ".join(sorted(x or "unknown for some images" for x in stated)) if stated - {None} else None
+    found.append(("pairs", data, of_images or licence(data, kind="dataset")))
+    for name in config.evaluate.scorers if config.evaluate.enabled else ():
+        kind, _, rest = name.partition(":")
+        found.append(("scorer", name, LICENCE if kind in ("shapes", "taste") else licence(rest) if kind == "clip" else None))
+    return [{"part": part, "name": name, "licence": stated_licence} for part, name, stated_licence in found]
 
 
 def make_accelerator(precision: str = "no", report_to: Sequence[str] = (), project: Path | None = None) -> Any:
@@ -384,11 +405,12 @@ def train(config: TrainConfig, pairs: Sequence[Pair] | None = None) -> Run:
     resolved = dump(config)
     if main:
         write_text(folder / "config.resolved.yaml", resolved)
-        write_json(folder / "env.json", environment())
     set_seed(s.seed)
     model = build_model(config.model).to(accelerator.device)
     training, held = build_pairs(config.data, s.seed, pairs)
     scorers = make_scorers(config.evaluate.scorers)
+    if main:
+        write_json(folder / "env.json", environment() | {"licences": licences(config)})
     size = (config.data.resolution,) * 2 if config.data.resolution else model.resolution
     shared: dict[str, Any] = {"size": size, "batch_size": s.per_device_train_batch_size, "seed": s.seed}
 
@@ -426,7 +448,7 @@ def train(config: TrainConfig, pairs: Sequence[Pair] | None = None) -> Run:
     metrics: dict[str, Any] = {"steps": state.step, "denoiser_passes": state.cost, "train_seconds": round(state.seconds, 1)}
     if main:
         with unwrapped(state), final_weights(model, state.final_weights):
-            model.export(folder)
+            model.export(folder, about=about(config))
             if model.truncated_prompts:
                 metrics["truncated_prompts"] = model.truncated_prompts
             if config.evaluate.enabled:
@@ -534,6 +556,52 @@ def evaluate_run(target: str, overrides: Sequence[str]) -> tuple[Path, dict[str,
     metrics = measure(model, config.evaluate, make_scorers(config.evaluate.scorers), out)
     write_json(out / "metrics.json", metrics)
     return out, metrics
+
+
+# --- export ---------------------------------------------------------------------------------------------------------
+
+
+def about(config: TrainConfig) -> dict[str, str]:
+    """What an adapter's file says of where it comes from."""
+    objective = json.dumps(config.model_dump(mode="json")["objective"])
+    version = environment()["versions"]["diffalign"]
+    return {"base_model": config.model.path, "objective": objective, "diffalign_version": version}
+
+
+def exported(folder: Path) -> list[Path]:
+    """The files of a run, or of an export, that are its model as stock diffusers loads it.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    index = folder / "model_index.json"
+    if index.is_file():
+        parts = [folder / name for name in json.loads(index.read_text()) if (folder / name).is_dir()]
+        return [index, *(f for part in parts for f in sorted(part.rglob("*")) if f.is_file())]
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("adapter_config.json")])
+    if not files:
+        raise ConfigError(f"{folder} is not a finished run: it holds no trained weights", hint="give the output_dir of a run")
+    return files
+
+
+def export_run(run: Path, format: Format, output: Path | None = None, dtype: str | None = None) -> Path:
+    """The whole of ``diffalign export``: the trained weights of a finished run in another format; returns the folder."""
+    import shutil
+
+    files = exported(run)
+    if dtype is not None and format != "merged":
+        raise ConfigError(f"--dtype does not apply to {format}", hint="an adapter stays as it was trained, fp32")
+    config = load(TrainConfig, run / "config.resolved.yaml", [] if dtype is None else [f"model.dtype={dtype}"])
+    out = output or run / "exports" / format
+    if format == "diffusers":
+        for file in files:
+            (out / file.relative_to(run)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, out / file.relative_to(run))
+        return out
+    model = build_model(config.model)
+    model.restore(run)
+    model.export(out, format, about(config))
+    return out
 
 
 # --- generate -------------------------------------------------------------------------------------------------------

@@ -11,6 +11,9 @@ from typing import Any
 
 from diffalign.data.files import write_text
 from diffalign.errors import DataError
+from diffalign.hub import is_hub_id
+from diffalign.models import Format
+from diffalign.models.lora import KOHYA_FILE
 from diffalign.train.tracking import read_metrics
 
 CURVES: list[tuple[str, str, dict[str, str]]] = [
@@ -34,8 +37,35 @@ def write_report(folder: Path) -> Path:
     Raises:
         DataError: the folder holds no finished run.
     """
-    import yaml
+    write_card(folder, folder)
+    more = {
+        "matrix": _win_matrix(folder),
+        "curves": [c for c in (_curve(folder, *spec) for spec in CURVES) if c],
+        "samples": _samples(folder),
+    }
+    return _render("report.html.j2", folder / "report.html", _context(folder) | more)
+
+
+def write_card(run: Path, folder: Path, format: Format = "diffusers", repository: str | None = None) -> Path:
+    """Write the model card of a run into ``folder``: the run itself or an export, which may be on its way to the hub.
+
+    Raises:
+        DataError: the run has not finished.
+    """
+    context = _context(run) | {"format": format, "kohya": KOHYA_FILE, "source": repository or folder}
+    return _render("card.md.j2", folder / "README.md", context)
+
+
+def _render(template: str, path: Path, context: dict[str, Any]) -> Path:
     from jinja2 import Environment, PackageLoader, select_autoescape
+
+    pages = Environment(loader=PackageLoader("diffalign"), autoescape=select_autoescape(["html.j2", "html"]), trim_blocks=True)
+    return write_text(path, pages.get_template(template).render(context))
+
+
+def _context(folder: Path) -> dict[str, Any]:
+    """What page and card both say."""
+    import yaml
 
     if not (folder / "metrics.json").is_file():
         raise DataError(f"{folder}: no metrics.json", hint="the run has not finished; resume it with resume_from=latest")
@@ -44,15 +74,12 @@ def write_report(folder: Path) -> Path:
     config = yaml.safe_load(config_text)
     env = json.loads((folder / "env.json").read_text())
     objective = config["objective"] if isinstance(config["objective"], list) else [config["objective"]]
-    rows = _table(metrics)
-    context: dict[str, Any] = {
+    return {
         "name": folder.resolve().name,
         "metrics": metrics,
-        "rows": rows,
-        "matrix": _win_matrix(folder),
-        "curves": [c for c in (_curve(folder, *spec) for spec in CURVES) if c],
-        "samples": _samples(folder),
+        "rows": _table(metrics),
         "config": config,
+        "on_hub": is_hub_id(config["model"]["path"]),
         "peft": (folder / "adapter_config.json").is_file(),
         "config_text": config_text,
         "env": env,
@@ -60,9 +87,6 @@ def write_report(folder: Path) -> Path:
         "papers": _papers([o["type"] for o in objective]),
         "command": f"diffalign train {folder}/config.resolved.yaml output_dir=OTHER",
     }
-    pages = Environment(loader=PackageLoader("diffalign"), autoescape=select_autoescape(["html.j2", "html"]), trim_blocks=True)
-    write_text(folder / "README.md", pages.get_template("card.md.j2").render(context))
-    return write_text(folder / "report.html", pages.get_template("report.html.j2").render(context))
 
 
 def _papers(types: Sequence[str]) -> list[str]:

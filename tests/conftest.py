@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -90,3 +92,81 @@ def overrides(tiny: Path, pairs_csv: Path, tmp_path: Path) -> list[str]:
         "evaluate.sampling.num_inference_steps=2",
         f"output_dir={tmp_path / 'run'}",
     ]
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny model, built when first asked for."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            import torch
+            from tiny_families import FAMILIES, randomise
+
+            from diffalign.recipes import _quiet
+
+            _quiet()
+            torch.manual_seed(0)
+            folder = tmp_path_factory.mktemp(name)
+            pipeline = FAMILIES[name](folder)
+            randomise(pipeline)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                pipeline.save_pretrained(folder)
+            made[name] = folder
+        return made[name]
+
+    return get
+
+
+@pytest.fixture
+def load(folder_of: Callable[[str], Path]) -> Callable[..., Any]:
+    import torch
+    from side_by_side import RANK_2
+
+    from diffalign.models import ModelSpec
+    from diffalign.recipes import build_model
+
+    def get(name: str, **settings: Any) -> Any:
+        torch.manual_seed(1)
+        return build_model(ModelSpec(**{"path": str(folder_of(name)), "lora": RANK_2} | settings))
+
+    return get
+
+
+@pytest.fixture
+def stock(folder_of: Callable[[str], Path]) -> Callable[[str], Any]:
+    """The stock pipeline as a user loads it."""
+    from side_by_side import open_stock
+
+    return lambda name: open_stock(folder_of(name))
+
+
+class FakeHub:
+    """Stands where the hub's client would speak to the network, and notes what it was given."""
+
+    def __init__(self) -> None:
+        self.private: bool | None = None
+        self.files: dict[str, list[str]] = {}
+
+    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> str:
+        assert exist_ok
+        self.private = private
+        return f"https://huggingface.co/{repo_id}"
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, allow_patterns: list[str], commit_message: str) -> None:
+        from huggingface_hub.utils import filter_repo_objects
+
+        there = [str(f.relative_to(folder_path)) for f in Path(folder_path).rglob("*") if f.is_file()]
+        self.files[repo_id] = sorted(filter_repo_objects(there, allow_patterns=allow_patterns))
+
+
+@pytest.fixture
+def fake_hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    import huggingface_hub
+
+    hub = FakeHub()
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "a login")
+    return hub

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from conftest import FakeHub
 
 from diffalign.cli import main
 
@@ -34,6 +35,7 @@ def stand_ins(line: str, tmp_path: Path, tiny: Path, pairs_csv: Path, finished: 
         "YOUR_CLIP": str(clip),
         "YOUR_PROMPTS.txt": str(tmp_path / "prompts.txt"),
         "CONFIG.yaml": "configs/shapes-dpo.yaml",
+        "YOUR_ADAPTER": str(finished),
         "runs/quickstart": str(finished),
     }.items():
         line = line.replace(name, value)
@@ -71,6 +73,7 @@ def test_command(
     finished: Path,
     clip: Path,
     overrides: list[str],
+    fake_hub: FakeHub,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     words = stand_ins(line, tmp_path, tiny, pairs_csv, finished, clip)

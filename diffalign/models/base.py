@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Protocol, Self
 
 import torch
@@ -70,7 +71,9 @@ class LoRA(Spec):
     target_modules: list[str] = Field(default=["to_q", "to_k", "to_v", "to_out.0"], min_length=1)
     """Names of the layers to adapt, as suffixes of their full names."""
     path: str | None = None
-    """An existing adapter to start from, a file or a folder as diffusers saves it; it is the reference too."""
+    """An existing adapter to start from, in diffusers', PEFT's or kohya's format: a file, a folder or a hub id. Rank, alpha
+    and layers are then its own, and it is the reference too.
+    """
 
 
 class ModelSpec(Spec):
@@ -93,6 +96,11 @@ class ModelSpec(Spec):
     """Of CLIP-only models: cut prompts at 77 tokens (and count them), or read them in chunks of 75 side by side."""
     max_sequence_length: int | None = Field(default=None, ge=0, le=512)
     """Tokens that a T5 reads; what the stock pipeline does if not given (SD3 without its T5: 0)."""
+
+
+Format = Literal["diffusers", "kohya", "merged"]
+"""What trained weights are written as: see :meth:`PipelineModel.export`."""
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 class Model(Protocol):
@@ -131,7 +139,7 @@ class Model(Protocol):
     def decode(self, latents: Tensor) -> Tensor: ...
     def predict(self, x: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0, negative: Cond | None = None) -> Tensor: ...
     def weights(self, name: str) -> AbstractContextManager[None]: ...
-    def export(self, folder: Path) -> list[Path]: ...
+    def export(self, folder: Path, format: Format = "diffusers", about: Mapping[str, str] = NOTHING) -> Path: ...
     def restore(self, folder: Path) -> None: ...
     def to(self, device: torch.device) -> Self: ...
     def fingerprint(self) -> str: ...
@@ -185,18 +193,38 @@ class Weights:
         finally:
             self._swap(name)
 
+    def merge(self) -> None:
+        """Fold the adapter into the weights, in fp32 whatever their precision. After that there is nothing to train or
+        to switch off.
+        """
+        from diffusers.utils import recurse_remove_peft_layers
+
+        for layer in _adapted(self.net):
+            base = layer.get_base_layer()
+            dtype = base.weight.dtype
+            base.float()
+            layer.merge()
+            base.to(dtype)
+        recurse_remove_peft_layers(self.net)  # net.unload_lora() does this too, where a network has it
+        del self.net.peft_config
+        self.net.requires_grad_(False)
+        self.snapshots.clear()
+
     def _swap(self, name: str) -> None:
         snapshot = self.snapshots[name]
         for n, p in self.trainable().items():
             p.data, snapshot[n] = snapshot[n].to(p.device), p.data
 
 
-def _switch_adapters(net: nn.Module, on: bool) -> None:
+def _adapted(net: nn.Module) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for module in net.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.enable_adapters(on)
+    return [module for module in net.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _switch_adapters(net: nn.Module, on: bool) -> None:
+    for layer in _adapted(net):
+        layer.enable_adapters(on)
 
 
 def _add_lora(net: Any, spec: LoRA, load_lora: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from diffalign.errors import ModelError
 from diffalign.models.attention import set_attention
-from diffalign.models.base import Cond, ModelSpec, Weights, check_finite, fingerprint
+from diffalign.models.base import NOTHING, Cond, Format, ModelSpec, Weights, check_finite, fingerprint
+from diffalign.models.lora import KOHYA_FILE, adapter_of, add_adapter, header_of, read_adapter, to_kohya
 from diffalign.path import Coeffs, Kind
 
 
@@ -172,16 +173,40 @@ class PipelineModel:
         setting = self.text_length if self.text_setting == "max_sequence_length" else self.spec.long_prompts
         return fingerprint(self._frozen(), (type(self.pipeline).__name__, setting))
 
-    def export(self, folder: Path) -> list[Path]:
-        """Write what was trained so that stock diffusers loads it: an adapter, or the whole pipeline."""
-        if self.spec.lora is None:
+    def export(self, folder: Path, format: Format = "diffusers", about: Mapping[str, str] = NOTHING) -> Path:
+        """Write what was trained, and return its first file.
+
+        ``diffusers`` is what stock diffusers loads: the adapter, or all weights as a whole pipeline. ``kohya`` is the
+        adapter by the keys that ComfyUI and others read. ``merged`` is a whole pipeline in ``spec.dtype`` with the
+        adapter folded in, after which this model cannot be trained. ``about`` goes into the header of an adapter.
+
+        Raises:
+            ModelError: kohya's keys without an adapter, or for a family that diffusers does not read them for.
+        """
+        if format == "kohya" and self.spec.lora is None:
+            raise ModelError(f"{self.path}: all weights were trained; there is no adapter", hint="use format merged")
+        if format == "merged" or self.spec.lora is None:
+            if self.spec.lora is not None:
+                self.named_weights.merge()
+            if format == "merged":
+                self.named_weights.net.to(getattr(torch, self.spec.dtype))
             self.pipeline.save_pretrained(folder, safe_serialization=True)
-            return [folder / "model_index.json"]
-        from peft import get_peft_model_state_dict
+            return folder / "model_index.json"
+        from safetensors.torch import save_file
 
         net = self.named_weights.net
-        self._save_lora(folder, get_peft_model_state_dict(net), net.peft_config["default"])
-        return [folder / self.lora_file]
+        folder.mkdir(parents=True, exist_ok=True)
+        weights, alphas = adapter_of(net)
+        if format == "kohya":
+            named, name = to_kohya((weights, alphas), self.pipeline, self.net_name), KOHYA_FILE
+            config = net.peft_config["default"]  # by the names that tools for kohya's files show
+            header = {"format": "pt", **about, "ss_network_dim": str(config.r), "ss_network_alpha": str(config.lora_alpha)}
+        else:
+            named, name = {f"{self.lora_prefix}{n}": w for n, w in weights.items()}, self.lora_file
+            header = header_of(net, self.net_name, about)
+            self._beside_lora(folder)
+        save_file({n: w.cpu().contiguous() for n, w in named.items()}, folder / name, header)
+        return folder / name
 
     def restore(self, folder: Path) -> None:
         """Put what :meth:`export` wrote into the current weights; the reference stays."""
@@ -202,12 +227,11 @@ class PipelineModel:
         except (OSError, SafetensorError, RuntimeError) as e:
             raise ModelError(f"{folder}: cannot load the trained weights: {' '.join(str(e).split())[:300]}") from e
 
-    def _save_lora(self, folder: Path, state: dict[str, Tensor], config: Any) -> None:
-        layers = {f"{self.net_name}_lora_layers": state, f"{self.net_name}_lora_adapter_metadata": config.to_dict()}
-        self.pipeline.save_lora_weights(folder, **layers)
+    def _beside_lora(self, folder: Path) -> None:
+        """What else the family's adapters need in their folder."""
 
     def _load_lora(self, path: str) -> None:
-        self.pipeline.load_lora_weights(path, adapter_name="default")
+        add_adapter(self.net, read_adapter(Path(path), self.pipeline, self.net_name), path)
 
 
 class NoisePrediction(PipelineModel):

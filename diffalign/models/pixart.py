@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from diffalign.models import lora
 from diffalign.models.base import Cond, ModelSpec
 from diffalign.models.pipeline import NoisePrediction
 
@@ -23,7 +24,7 @@ class PixArt(NoisePrediction):
     encoders = ("text_encoder",)
     text_setting = "max_sequence_length"
     lora_file = "adapter_model.safetensors"
-    lora_prefix = "base_model.model."
+    lora_prefix = lora.PEFT
 
     def __init__(self, pipeline: Any, spec: ModelSpec) -> None:
         super().__init__(pipeline, spec)
@@ -51,17 +52,5 @@ class PixArt(NoisePrediction):
         )[0]
         return out[:, : self.latent_shape[0]]  # the rest is a learned variance, which nothing here uses
 
-    def _save_lora(self, folder: Path, state: dict[str, Tensor], config: Any) -> None:
-        from safetensors.torch import save_file
-
-        config.save_pretrained(folder)
-        named = {f"{self.lora_prefix}{name}": tensor.cpu().contiguous() for name, tensor in state.items()}
-        save_file(named, folder / self.lora_file)
-
-    def _load_lora(self, path: str) -> None:
-        from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-        from safetensors.torch import load_file
-
-        inject_adapter_in_model(LoraConfig.from_pretrained(path), self.net)
-        state = load_file(Path(path) / self.lora_file)
-        set_peft_model_state_dict(self.net, {k.removeprefix(self.lora_prefix): v for k, v in state.items()})
+    def _beside_lora(self, folder: Path) -> None:
+        self.named_weights.net.peft_config["default"].save_pretrained(folder)

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from diffalign.errors import DataError
 
+LICENCE = "Apache-2.0"
+"""Of the assets, as of the code that makes them."""
+
 ASSETS = ("shapes-unet", "shapes-clip", "shapes-pairs", "shapes-second")
 
 
