@@ -1,6 +1,8 @@
 """Measure the exact judge: on clean and damaged renders, its speed, and its agreement with the second judge.
 
 python benchmarks/judge.py [--images FOLDER_OF_A_PAIRS_DATASET]
+
+The judges are compared on pictures of the base, sampled as the main job is evaluated, unless a folder is named.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from diffalign.shapes import asset, draw, judge, sample_scenes
+from diffalign.shapes import draw, judge, sample_scenes
 from diffalign.shapes.second import second_judge
 
 
@@ -59,12 +61,24 @@ def main() -> None:
         count = sum(pool.map(judged, parts))
         print(f"\n{count / (time.perf_counter() - began):.0f} images/s on {cores} cores")
 
-    generated, prompts = from_dataset(args.images or asset("shapes-pairs"), 1000)
+    generated, prompts = from_dataset(args.images, 1000) if args.images else from_base(1000)
     first, second = judge(generated, prompts), second_judge(generated, prompts)
     agree = [(k.rstrip("01"), a.facts[k] == b[k]) for a, b in zip(first, second, strict=True) for k in b]
     print(f"\nagreement of the two judges on {len(prompts)} generated images: {np.mean([x for _, x in agree]):.4f} of facts")
     for kind in dict.fromkeys(k for k, _ in agree):
         print(f"  {kind}: {np.mean([x for k, x in agree if k == kind]):.4f}")
+
+
+def from_base(count: int) -> tuple[np.ndarray, list[str]]:
+    from diffalign.models import ModelSpec
+    from diffalign.recipes import TrainConfig, build_model, prompts_of, shipped_configs
+    from diffalign.sampling import generate
+    from diffalign.spec import load
+
+    settings = load(TrainConfig, shipped_configs()["shapes-dpo"]).evaluate.sampling
+    prompts = prompts_of("shapes:test", count, seed=100)
+    images = generate(build_model(ModelSpec(path="shapes-unet")), prompts, settings, seed=100)[:, 0]
+    return images.permute(0, 2, 3, 1).numpy(), [p.text for p in prompts]
 
 
 def from_dataset(folder: Path, limit: int) -> tuple[np.ndarray, list[str]]:

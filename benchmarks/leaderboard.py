@@ -51,6 +51,7 @@ class Row:
 
 # the best of its own trials on select; DPO was best with times drawn from the whole path
 SFT = ("objective.type=sft", "timesteps.type=uniform", "timesteps.low=0.4")
+ANY = {"type": "best_worst"}  # no least margin: values of another scale
 ROWS: dict[str, Row] = {
     "dpo-lora": Row("Diffusion-DPO, LoRA, judge's labels"),
     "sft-winners": Row("SFT on the winners (control)", SFT),
@@ -59,16 +60,16 @@ ROWS: dict[str, Row] = {
     "mapo-lora": Row("MaPO, LoRA", ("objective.type=mapo",)),
     "dpo-clip": Row(
         "Diffusion-DPO, LoRA, labelled by the learned CLIP",
-        pairs={"scorers": ["clip:shapes-clip"], "reward": {"clip": 1.0}},
+        pairs={"scorers": ["clip:shapes-clip"], "reward": {"clip": 1.0}, "rule": ANY},
     ),
     "dpo-taste": Row(
         "Diffusion-DPO, LoRA, a taste for size",
-        pairs={"scorers": ["taste:size"], "reward": {"taste_size": 1.0}, "num_prompts": 500},
+        pairs={"scorers": ["taste:size"], "reward": {"taste_size": 1.0}, "num_prompts": 500, "rule": ANY},
     ),
-    "dpo-more": Row("Diffusion-DPO, LoRA, twice the pairs and steps", ("train.max_steps=800",), pairs={"num_prompts": 2400}),
+    "dpo-more": Row("Diffusion-DPO, LoRA, twice the pairs and steps", ("train.max_steps=800",), pairs={"num_prompts": 4800}),
     "dpo-rounds": Row(
-        "Diffusion-DPO, LoRA, three rounds of fresh pairs, 200 steps each", ("train.max_steps=200",),
-        pairs={"num_prompts": 600}, rounds=3,
+        "Diffusion-DPO, LoRA, three rounds of fresh pairs, 133 steps each", ("train.max_steps=133",),
+        pairs={"num_prompts": 530}, rounds=3,
     ),
     "dpo-guided": Row("Diffusion-DPO, LoRA, sampled at guidance 4", guidance=4.0, same_weights_as="dpo-lora"),
 }  # fmt: skip
@@ -190,7 +191,8 @@ def train_once(overrides: Sequence[str], folder: Path) -> dict[str, Any]:
 def measured(name: str, run: Path | None, prompts: str, count: int = PROMPTS, guidance: float | None = None) -> dict[str, Any]:
     """Per-prompt means of every value, of a run or of the base."""
     from diffalign import stats
-    from diffalign.recipes import EvaluateSpec, TrainConfig, build_model, make_scorers, prompts_of
+    from diffalign.recipes import EvaluateSpec, TrainConfig, build_model, prompts_of
+    from diffalign.scoring import make_scorers
     from diffalign.spec import load
     from diffalign.train.evaluate import evaluate
 
@@ -221,7 +223,8 @@ def control(name: str) -> dict[str, Any]:
     """The base with its ceiling, or the best of four of its samples by the learned reward."""
     import torch
 
-    from diffalign.recipes import TrainConfig, build_model, ceiling, make_scorers, prompts_of
+    from diffalign.recipes import TrainConfig, build_model, ceiling, prompts_of
+    from diffalign.scoring import make_scorers
     from diffalign.spec import load
     from diffalign.train.evaluate import Evaluation, evaluate, score_images
 

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from diffalign.models import LoRA, ModelSpec
 from diffalign.objectives import SFT, MaPO, Objective, Sigmoid
-from diffalign.recipes import DataSpec, EvaluateSpec, Run, TrainConfig, build_model, evaluate_run, train
+from diffalign.recipes import DataSpec, EvaluateSpec, Run, TrainConfig, evaluate_run, ready_model, train
 from diffalign.sampling import Sampler
 from diffalign.timesteps import TIMESTEPS, TimestepPolicy, Uniform
 from diffalign.train.state import TrainSettings
@@ -33,6 +33,8 @@ class TrainerConfig(TrainSettings):
     """Share of prompts kept out of training, for held-out loss and accuracy."""
     resolution: int | None = Field(default=None, ge=8)
     """Side in pixels; the model's own if not given."""
+    buckets: bool = False
+    """Cut each pair to the size that its winner's shape is nearest to, instead of to a square."""
     evaluate: EvaluateSpec = EvaluateSpec(enabled=False)
     """What is measured after training, base against trained."""
     resume_from: str | None = None
@@ -102,7 +104,7 @@ class Trainer:
         settings = {name: getattr(args, name) for name in TrainSettings.model_fields}
         self.config = TrainConfig(
             model=spec.model_copy(update={"lora": args.lora}),
-            data=DataSpec(path=path, holdout=args.holdout, resolution=args.resolution),
+            data=DataSpec(path=path, holdout=args.holdout, resolution=args.resolution, buckets=args.buckets),
             objective=(args.objective(),),
             timesteps=args.timesteps,
             train=TrainSettings(**settings),
@@ -167,7 +169,7 @@ def generate(
     from diffalign.sampling import generate as draw
 
     spec = model if isinstance(model, ModelSpec) else ModelSpec(path=str(model))
-    loaded = build_model(trained_spec(spec, adapter))
+    loaded = ready_model(trained_spec(spec, adapter))
     if adapter is not None:
         loaded.restore(Path(adapter))
     settings = Sampler(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, batch_size=batch_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,88 @@ def generate(config: tuple[str, ...], as_json: bool) -> None:
     _show({"folder": str(folder), "made": made}, as_json, [f"{made} images made now, in {folder}"])
 
 
+@main.command(context_settings={"ignore_unknown_options": True})
+@CONFIG
+@click.option("--shard", metavar="i/n", help="Score only every n-th shard, from the i-th (0 to n-1); default: this rank's.")
+@JSON
+def score(config: tuple[str, ...], shard: str | None, as_json: bool) -> None:
+    """Score pictures with reward models; the same command again fills what is missing.
+
+    diffalign score path=FOLDER scorers=[clip:PATH,pickscore] output_dir=out
+    """
+    from diffalign.cells import ScoreConfig, launched, score
+    from diffalign.data.scores import read_scored
+    from diffalign.data.sources import open_source
+    from diffalign.gallery import write_gallery
+    from diffalign.recipes import load_config
+    from diffalign.spread import diversity, diversity_line
+    from diffalign.suites import open_suite, suite_lines, suite_report
+    from diffalign.tally import export, summary, summary_lines
+
+    match = re.fullmatch(r"(\d+)/(\d+)", shard or "{}/{}".format(*launched()))
+    if match is None or int(match[1]) >= int(match[2]):
+        raise ConfigError(f"--shard {shard}: expected i/n with i below n", hint="--shard 0/4")
+    loaded = load_config(ScoreConfig, *_split(config))
+    done = score(loaded, int(match[1]), int(match[2]))
+    result: dict[str, Any] = {"scored": done.images, "cells": done.cells, "failed": sum(done.errors.values())}
+    lines = [f"{done.images} images and {done.cells} cells scored now, in {loaded.output_dir}"]
+    if done.finished:  # whichever process ends last
+        folder = Path(loaded.output_dir)
+        rows = read_scored(folder)
+        result |= summary(rows)
+        lines += summary_lines(result)
+        if result["failed"]:
+            lines.append(f"{result['failed']} cells have no value now; attempt={loaded.attempt + 1} tries them again")
+        if loaded.suite:
+            result["suite"] = suite_report(open_suite(loaded.suite), rows)
+            lines += suite_lines(result["suite"])
+        result["diversity"] = diversity(folder, rows)
+        lines += [f"embeddings {name[:12]}: {diversity_line(said)}" for name, said in result["diversity"].items()]
+        if loaded.export:
+            lines.append(f"written: {export(rows, folder, loaded.export)}")
+        if loaded.gallery:
+            source = open_source(loaded.path, loaded.image_root)
+            result["gallery"] = str(write_gallery(rows, source, folder / "gallery.html", loaded.gallery))
+            lines.append(f"gallery: {result['gallery']}")
+    _show(result, as_json, lines)
+    if done.cells and sum(done.errors.values()) == done.cells:
+        raise DiffalignError("no cell got a value", hint="the reasons are above")
+
+
+@main.command()
+@click.argument("scorers", nargs=-1, required=True)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Another host opens the scorers to the network.")
+@click.option("--port", default=8421, show_default=True, help="0 takes a free one.")
+@click.option("--max-batch", default=64, show_default=True, help="Pictures a request.")
+def serve(scorers: tuple[str, ...], host: str, port: int, max_batch: int) -> None:
+    """Serve SCORERS over HTTP until interrupted; the token is DIFFALIGN_TOKEN, or a new one that is printed."""
+    import os
+    import secrets
+
+    from diffalign.scorers.http import TOKEN
+    from diffalign.serve import ScorerServer
+
+    token = os.environ.get(TOKEN) or secrets.token_urlsafe(24)
+    with ScorerServer(scorers, token, host, port, max_batch) as server:
+        for name in server.scorers:
+            click.echo(f"http:http://{host}:{server.server_address[1]}/{name}")
+        if TOKEN not in os.environ:
+            click.echo(f"{TOKEN}={token}")
+        server.serve_forever()
+
+
+@main.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@JSON
+def compare(a: Path, b: Path, as_json: bool) -> None:
+    """Win rate of the scored folder B over A, per scorer and category, paired by prompt; ties one half."""
+    from diffalign.versus import compare, compare_lines
+
+    said = compare(a, b)
+    _show(said, as_json, compare_lines(said))
+
+
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
 def report(run: Path) -> None:
@@ -170,11 +253,12 @@ def config() -> None:
 
 def _config_class(kind: str) -> Any:
     from diffalign import recipes
+    from diffalign.cells import ScoreConfig
 
-    return {"train": recipes.TrainConfig, "generate": recipes.GenerateConfig}[kind]
+    return {"train": recipes.TrainConfig, "generate": recipes.GenerateConfig, "score": ScoreConfig}[kind]
 
 
-KIND = click.option("--kind", type=click.Choice(["train", "generate"]), default="train", help="Which configuration.")
+KIND = click.option("--kind", type=click.Choice(["train", "generate", "score"]), default="train", help="Which configuration.")
 
 
 @config.command("show")
@@ -249,6 +333,19 @@ def list_(what: str) -> None:
         click.echo(f"{name:<{width}}  {text}")
 
 
+@main.command(context_settings={"ignore_unknown_options": True})
+@CONFIG
+@click.option("--measure", is_flag=True, help="Also take two steps on this machine's CUDA device and show what they took.")
+@JSON
+def estimate(config: tuple[str, ...], measure: bool, as_json: bool) -> None:
+    """Tell what a training configuration will take, without weights: memory by phase, operations, what would help most."""
+    from diffalign.estimate import estimate, lines
+    from diffalign.recipes import TrainConfig, load_config
+
+    result = estimate(load_config(TrainConfig, *_split(config)), measure)
+    _show(result, as_json, lines(result))
+
+
 @main.command()
 @click.argument("scorer")
 @JSON
@@ -259,7 +356,7 @@ def verify(scorer: str, as_json: bool) -> None:
     """
     from dataclasses import asdict
 
-    from diffalign.recipes import verify_scorer
+    from diffalign.scoring import verify_scorer
 
     checks = verify_scorer(scorer)
     marks = {True: "ok  ", False: "FAIL", None: "    "}

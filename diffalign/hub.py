@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffalign.errors import DiffalignError, ModelError
+from diffalign.errors import DataError, DiffalignError, ModelError
 from diffalign.shapes.assets import ASSETS, LICENCE, asset
 
 WEIGHTS = re.compile(r".+/[^./]+?(-\d+-of-\d+)?(\.(?P<variant>[^./]+?))?(-\d+-of-\d+)?\.(?P<kind>safetensors|bin)")
@@ -47,6 +47,25 @@ def resolve(path: str, revision: str | None = None, variant: str | None = None, 
     if not is_hub_id(path):
         raise ModelError(f"no such folder: {path}", hint=f"give a folder, a hub id owner/name, or one of {', '.join(ASSETS)}")
     return _download(path, revision, variant, files)
+
+
+def resolve_data(path: str, files: Sequence[str]) -> Path:
+    """A local file or folder, or the ``files`` (patterns) of a hub dataset.
+
+    Raises:
+        DataError: no such file, and no such dataset.
+    """
+    local = Path(path).expanduser()
+    if local.exists():
+        return local
+    if not is_hub_id(path):
+        raise DataError(f"no such file or folder: {path}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, repo_type="dataset", allow_patterns=list(files)))
+    except Exception as e:  # the client raises many kinds
+        raise DataError(f"{path}: neither here nor on the hub: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from e
 
 
 def licence(path: str, revision: str | None = None, kind: str = "model") -> str | None:

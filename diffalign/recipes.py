@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import re
@@ -17,24 +18,27 @@ from pydantic import Field, field_validator, model_validator
 
 from diffalign.data.files import write_json, write_text
 from diffalign.data.prompts import Prompt, read_prompts
-from diffalign.errors import ConfigError, DataError, ModelError
+from diffalign.errors import ConfigError, DataError
 from diffalign.hub import cache_dir, licence, resolve
 from diffalign.models import Format, LoRA, Model, ModelSpec, load_model
 from diffalign.objectives import OBJECTIVES, Objective, Total
 from diffalign.pairs import PAIR_RULES, BestWorst, PairRule
 from diffalign.sampling import Item, Sampler, sample
-from diffalign.scorers import SCORERS
+from diffalign.scorers import card_of, table
+from diffalign.scoring import device, make_scorers, quiet
 from diffalign.spec import Spec, dump, load, validate
+from diffalign.suites import is_suite, suite_prompts
 from diffalign.timesteps import TIMESTEPS, TimestepPolicy, Uniform
-from diffalign.train.state import TrainSettings, TrainState, checkpoints
+from diffalign.train.state import TrainSettings, TrainState, checkpoints, make_optimizer
 
 if TYPE_CHECKING:
     from diffalign.data.pairs import Pair
     from diffalign.scorers import Card, Scorer
-    from diffalign.scorers.verify import Check
     from diffalign.train.evaluate import Evaluation
 
 Objectives = OBJECTIVES.one_or_more() if not TYPE_CHECKING else tuple[Objective, ...]
+
+log = logging.getLogger(__name__)
 
 SHAPES_PROMPTS = re.compile(r"shapes:(train|select|test)")
 
@@ -50,6 +54,8 @@ class DataSpec(Spec):
     """Share of prompts kept out of training, for held-out loss and accuracy."""
     resolution: int | None = Field(default=None, ge=8)
     """Side in pixels; the model's own if not given."""
+    buckets: bool = False
+    """Cut each pair to the size of about that area that its winner's shape is nearest to, instead of to a square."""
     shuffle_labels: bool = False
     """Exchange winner and loser by a coin: the control that a method must beat."""
 
@@ -59,13 +65,16 @@ class EvaluateSpec(Spec):
 
     enabled: bool = True
     prompts: str = "shapes:test"
-    """A prompt file, a hub dataset id, or a split of the built-in world: shapes:test, shapes:select, shapes:train."""
+    """A prompt file, a hub dataset id, an evaluation suite (``geneval:PATH``), or a split of the built-in world: shapes:test,
+    shapes:select, shapes:train."""
     num_prompts: int = Field(default=256, ge=1)
+    negative_prompt: str | None = None
+    """For prompts that bring none of their own; it counts with ``guidance_scale`` above 1."""
     images_per_prompt: int = Field(default=2, ge=1)
     seed: int = Field(default=1000, ge=0)
     scorers: list[str] = Field(default=["shapes"], min_length=1)
     """``shapes`` (the exact judge), ``taste:KIND``, a reward model of ``diffalign list scorers`` with or without the paths
-    of its weights (``pickscore``, ``clip:MODEL``), or a callable ``pkg.mod:obj``."""
+    of its weights (``pickscore``, ``clip:MODEL``), a served one ``http:URL``, or a callable ``pkg.mod:obj``."""
     sampling: Sampler = Sampler()
     select_prompts: int = Field(default=64, ge=1)
     """Prompts of the select split that ``train.metric_for_best: select/score`` looks at."""
@@ -76,8 +85,8 @@ class EvaluateSpec(Spec):
     @classmethod
     def _known(cls, names: list[str]) -> list[str]:
         for name in names:
-            if name != "shapes" and ":" not in name and name not in SCORERS:
-                raise ValueError(f"unknown scorer {name!r}; use shapes, taste:KIND, {', '.join(SCORERS)} or pkg.mod:obj")
+            if name != "shapes" and ":" not in name and name not in table():
+                raise ValueError(f"unknown scorer {name!r}; use shapes, taste:KIND, {', '.join(table())} or pkg.mod:obj")
         return names
 
 
@@ -134,150 +143,31 @@ class GenerateConfig(Spec):
 
 
 def prompts_of(source: str, limit: int | None, seed: int = 0, salt: str = "", negative: str | None = None) -> list[Prompt]:
-    """Prompts of a file, a hub dataset, or a split of the built-in world (``limit`` of them, 256 if None)."""
+    """Prompts of a file, a hub dataset, a suite ``NAME:PATH``, or a split of the built-in world (``limit``, 256 if None)."""
     if match := SHAPES_PROMPTS.fullmatch(source):
         from diffalign.shapes.scene import sample_prompts
 
         found = [Prompt(text) for text in sample_prompts(limit or 256, match[1], seed, salt)]  # type: ignore[arg-type]
+    elif is_suite(source):
+        found = [Prompt(text) for text in suite_prompts(source)[:limit]]
     else:
         found = read_prompts(source, limit)
     return [Prompt(p.text, p.negative or negative) for p in found]
 
 
-class ShapesScorer:
-    """The exact judge as a scorer: exact, score (the share of facts that hold), cleanliness, and each kind of fact."""
-
-    name = "shapes"
-    kinds = ("colour", "shape", "count", "relation", "background")
-
-    def __call__(self, batch: Any) -> Any:
-        import torch
-
-        from diffalign.scorers import ScoreBatch
-        from diffalign.shapes.judge import judge
-
-        verdicts = judge(batch.images, batch.prompts)
-        values = {
-            "score": [v.score for v in verdicts],
-            "exact": [float(v.exact) for v in verdicts],
-            "cleanliness": [v.cleanliness for v in verdicts],
-        }
-        for kind in self.kinds:
-            held = [[ok for fact, ok in v.facts.items() if fact.startswith(kind)] for v in verdicts]
-            values[kind] = [sum(h) / len(h) if h else float("nan") for h in held]
-        return ScoreBatch({k: torch.tensor(v) for k, v in values.items()}, partial=frozenset({"relation"}))
-
-
-def make_scorers(names: Sequence[str]) -> list[Scorer]:
-    """Scorers by name; see :attr:`EvaluateSpec.scorers`.
-
-    Raises:
-        ConfigError: two scorers would give a value of the same name, or one cannot be built as it is written.
-    """
-    out = [make_scorer(name) for name in names]
-    called = [scorer.name for scorer in out]
-    if twice := [name for name in called if called.count(name) > 1]:
-        raise ConfigError(f"two scorers are called {twice[0]!r}", hint="score with one of them at a time")
-    return out
-
-
-def make_scorer(name: str) -> Scorer:
-    """One scorer: ``shapes``, ``taste:KIND``, ``NAME`` or ``NAME:PATH[,PATH]`` of the table, or ``pkg.mod:obj``.
-
-    Paths stand for the weights of the scorer's card, in order; those not given are fetched from where they are published.
-    """
-    from diffalign.scorers import Callback, import_object, import_scorer, scorer_class
-
-    kind, _, rest = name.partition(":")
-    if name == "shapes":
-        return ShapesScorer()
-    if kind == "taste":
-        from diffalign.shapes.taste import Taste
-
-        taste = Taste(rest)  # type: ignore[arg-type]
-        return Callback(taste, taste.name)
-    if name == "geneval:shapes":
-        from diffalign.shapes.detect import detect, requirements
-
-        made: Scorer = scorer_class(kind)(detect, requirements)
-        return made
-    if kind not in SCORERS:
-        return import_scorer(name)
-    cls = scorer_class(kind)
-    card = cls.card
-    if card.plugin is not None:
-        if not rest:
-            raise ConfigError(f"the scorer {kind} needs {kind}:pkg.mod:obj", hint=f"obj is {card.plugin}")
-        made = cls(import_object(rest))
-        return made
-    _consent(card)
-    if card.weights:
-        _quiet()
-    paths = weights_of(card, [p for p in rest.split(",") if p])
-    made = cls(*paths, device=_device()) if paths else cls()
-    return made
-
-
-def weights_of(card: Card, given: Sequence[str]) -> list[Path]:
-    """A local path for each of the card's weights: the given ones, then the published ones."""
-    if len(given) > len(card.weights):
-        raise ConfigError(f"the scorer {card.name} takes {len(card.weights)} paths, not {len(given)}")
-    out = [resolve(path) for path in given]
-    for weight in card.weights[len(given) :]:
-        if not weight.on_hub:
-            raise ModelError(
-                f"{card.name}: {weight.files[0]} is not on the hub",
-                hint=f"fetch it from {weight.source}, write {card.name}:PATH",
-            )
-        out.append(resolve(weight.source, files=weight.files))
-    return out
-
-
-def _consent(card: Card) -> None:
-    """Refuse weights whose licence binds what is made with them, unless it was accepted by name."""
-    accepted = [x.strip() for x in os.environ.get("DIFFALIGN_ACCEPT_LICENCES", "").split(",")]
-    if card.gated and card.licence not in accepted:
-        raise ConfigError(
-            f"the weights of {card.name} are under {card.licence}", hint=f"DIFFALIGN_ACCEPT_LICENCES={card.licence} accepts it"
-        )
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def verify_scorer(name: str) -> list[Check]:
-    """The whole of ``diffalign verify``. Loading refuses weights of another architecture."""
-    from diffalign.scorers import scorer_class
-    from diffalign.scorers.verify import Check, check_files, check_scores
-
-    kind, _, rest = name.partition(":")
-    card: Card | None = scorer_class(kind).card if kind in SCORERS else None
-    if card is None or not card.weights:
-        raise ConfigError(f"{name} has no weights to verify", hint="`diffalign list scorers` names those that have")
-    checks = check_files(card, weights_of(card, [p for p in rest.split(",") if p]))
-    scorer = make_scorer(name)
-    return [*checks, Check("architecture", True, "every tensor of the network is there"), *check_scores(scorer, card)]
-
-
 def build_model(spec: ModelSpec) -> Model:
     """Load a model by any kind of path. A LoRA's own path is resolved too."""
-    _quiet()
+    quiet()
     if spec.lora is not None and spec.lora.path is not None:
         spec = spec.model_copy(update={"lora": spec.lora.model_copy(update={"path": str(resolve(spec.lora.path))})})
     return load_model(resolve(spec.path, spec.revision, spec.variant), spec)
 
 
-def _quiet() -> None:
-    """Leave the terminal to our own progress bars; truncated prompts are counted and reported by ourselves."""
-    import diffusers
-    import transformers
+def ready_model(spec: ModelSpec) -> Model:
+    """A model that makes images, on this machine's device."""
+    import torch
 
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
-        library.utils.logging.set_verbosity_error()
+    return build_model(spec).to(torch.device(device()))
 
 
 def build_pairs(spec: DataSpec, seed: int, given: Sequence[Pair] | None = None) -> tuple[list[Pair], list[Pair]]:
@@ -406,13 +296,17 @@ def train(config: TrainConfig, pairs: Sequence[Pair] | None = None) -> Run:
     if main:
         write_text(folder / "config.resolved.yaml", resolved)
     set_seed(s.seed)
-    model = build_model(config.model).to(accelerator.device)
+    make_optimizer([torch.nn.Parameter(torch.zeros(1))], s)  # if it cannot be had, say so now
+    model = build_model(config.model).stage("pictures", accelerator.device)
     training, held = build_pairs(config.data, s.seed, pairs)
     scorers = make_scorers(config.evaluate.scorers)
+    if config.evaluate.enabled:
+        asked_of(config.evaluate, model)  # what is wrong with them shows before the training, not after it
     if main:
         write_json(folder / "env.json", environment() | {"licences": licences(config)})
     size = (config.data.resolution,) * 2 if config.data.resolution else model.resolution
     shared: dict[str, Any] = {"size": size, "batch_size": s.per_device_train_batch_size, "seed": s.seed}
+    shared["granularity"] = model.granularity if config.data.buckets else None
 
     def feed_of(pairs: Sequence[Pair], **more: Any) -> OfflinePairs:
         return OfflinePairs(model, pairs, config.timesteps, cache_dir(), **shared, **more)
@@ -427,6 +321,10 @@ def train(config: TrainConfig, pairs: Sequence[Pair] | None = None) -> Run:
         )
         held_feed = feed_of(held) if held else None
 
+    cut = model.truncated({p for one in (feed, held_feed) if one is not None for p in one.prompts})
+    if cut and main:
+        log.warning("%d prompts are longer than the text encoder reads, and are cut", cut)
+    model.stage("train")  # all is cached
     state = TrainState(model, accelerator, s)
     if checkpoint is not None:
         state.load(checkpoint)
@@ -439,18 +337,22 @@ def train(config: TrainConfig, pairs: Sequence[Pair] | None = None) -> Run:
                 values |= heldout_pairs(model, held_feed, objective)
             if s.metric_for_best == "select/score":
                 e = config.evaluate
-                some = prompts_of("shapes:select", e.select_prompts, 0, e.split_salt)
+                some = prompts_of("shapes:select", e.select_prompts, 0, e.split_salt, e.negative_prompt)
+                model.stage("sample")
                 result = evaluate(model, some, scorers, e.sampling, per_prompt=e.images_per_prompt, seed=e.seed)
+                model.stage("train")
                 values["select/score"] = result.score.mean().item()
         return values
 
     fit(state, feed, objective, tracker, heldout, lambda: state.save(folder, resolved))
     metrics: dict[str, Any] = {"steps": state.step, "denoiser_passes": state.cost, "train_seconds": round(state.seconds, 1)}
+    if cut:
+        metrics["truncated_prompts"] = cut
+    if main and (config.evaluate.enabled or config.model.lora is None):  # a whole pipeline is exported with all its parts
+        model.stage("sample")
     if main:
         with unwrapped(state), final_weights(model, state.final_weights):
             model.export(folder, about=about(config))
-            if model.truncated_prompts:
-                metrics["truncated_prompts"] = model.truncated_prompts
             if config.evaluate.enabled:
                 metrics |= measure(model, config.evaluate, scorers, folder)
         write_json(folder / "metrics.json", metrics)
@@ -464,7 +366,7 @@ def train(config: TrainConfig, pairs: Sequence[Pair] | None = None) -> Run:
 def unwrapped(state: TrainState) -> Iterator[None]:
     """The bare network in place of the distributed one, whose forward pass would wait for the other processes."""
     model = state.model
-    wrapped, model.net = model.net, model.named_weights.net
+    wrapped, model.net = model.net, state.accelerator.unwrap_model(model.net)
     try:
         yield
     finally:
@@ -479,13 +381,25 @@ def final_weights(model: Model, name: str | None) -> Any:
 # --- evaluate -------------------------------------------------------------------------------------------------------
 
 
+def asked_of(spec: EvaluateSpec, model: Model) -> list[Prompt]:
+    """The prompts of an evaluation.
+
+    Raises:
+        ConfigError: some are negative, and the model does not take them.
+    """
+    prompts = prompts_of(spec.prompts, spec.num_prompts, spec.seed, spec.split_salt, spec.negative_prompt)
+    if spec.sampling.guidance_scale > 1 and not model.takes_negative and any(p.negative for p in prompts):
+        raise ConfigError(f"evaluate: {model.path} takes no negative prompts", hint="its guidance is distilled; drop them")
+    return prompts
+
+
 def measure(model: Model, spec: EvaluateSpec, scorers: Sequence[Scorer], folder: Path) -> dict[str, Any]:
     """Base against trained on the same prompts and seeds; writes ``samples/`` and returns the comparison."""
     from tqdm import tqdm
 
     from diffalign.train.evaluate import compare, evaluate
 
-    prompts = prompts_of(spec.prompts, spec.num_prompts, spec.seed, spec.split_salt)
+    prompts = asked_of(spec, model)
     total = 2 * len(prompts) * spec.images_per_prompt
     began = time.monotonic()
     with tqdm(total=total, desc="evaluate", unit="image", dynamic_ncols=True) as bar:
@@ -550,7 +464,7 @@ def evaluate_run(target: str, overrides: Sequence[str]) -> tuple[Path, dict[str,
         raise ConfigError(f"{target} is not a run: it has no config.resolved.yaml", hint="give the output_dir of a run")
     config = load(TrainConfig, folder / "config.resolved.yaml", [f"evaluate.{o}" for o in overrides])
     name = "-".join(re.sub(r"[^\w.]+", "_", o) for o in overrides)[:100] or "again"
-    model = build_model(config.model)
+    model = ready_model(config.model)
     model.restore(folder)
     out = folder / "evaluations" / name
     metrics = measure(model, config.evaluate, make_scorers(config.evaluate.scorers), out)
@@ -598,7 +512,7 @@ def export_run(run: Path, format: Format, output: Path | None = None, dtype: str
             (out / file.relative_to(run)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, out / file.relative_to(run))
         return out
-    model = build_model(config.model)
+    model = build_model(config.model.model_copy(update={"quantization": "none", "attention": None}))
     model.restore(run)
     model.export(out, format, about(config))
     return out
@@ -618,7 +532,7 @@ def generate_dataset(config: GenerateConfig) -> tuple[Path, int]:
     prompts = prompts_of(config.prompts, config.num_prompts, config.seed, config.split_salt, config.negative_prompt)
     items = [Item(p, k) for p in prompts for k in range(config.images_per_prompt)]
     shards = -(-len(items) // config.shard_size)
-    model = build_model(config.model)
+    model = ready_model(config.model)
     env = environment()["versions"]
     plan = {k: v for k, v in config.model_dump(mode="json").items() if k != "output_dir"}
     plan["prompts_hash"] = sha256(json.dumps([p.id for p in prompts]).encode())
@@ -714,7 +628,7 @@ def make_pairs(config: PairsConfig) -> Path:
 
     folder = Path(config.output_dir)
     prompts = prompts_of(config.prompts, config.num_prompts, config.seed, config.split_salt)
-    model = build_model(config.model)
+    model = ready_model(config.model)
     if config.adapter is not None:
         model.restore(Path(config.adapter))
     scorers = make_scorers(config.scorers)
@@ -782,14 +696,15 @@ def shipped_configs() -> dict[str, Path]:
     package = Path(__file__).resolve().parent
     for root in (package / "configs", package.parent / "configs"):
         if root.is_dir():
-            return {str(p.relative_to(root).with_suffix("")): p for p in sorted(root.rglob("*.yaml"))}
+            found = {str(p.relative_to(root).with_suffix("")): p for p in sorted(root.rglob("*.yaml"))}
+            return {name: p for name, p in found.items() if not name.startswith("accelerate/")}  # for another program
     return {}
 
 
 def catalogue(what: str) -> list[tuple[str, str]]:
     """(name, one line) of everything built in of one kind."""
     from diffalign.models import FAMILIES, find_family
-    from diffalign.scorers import scorer_class
+    from diffalign.scorers.vlm import judges
     from diffalign.shapes.taste import Kind
 
     match what:
@@ -802,11 +717,13 @@ def catalogue(what: str) -> list[tuple[str, str]]:
             rows = [(name, f"{docs[name]} ({getattr(cls, 'paper', '')})") for name, cls in OBJECTIVES.options.items()]
             return rows + [(alias, f"alias of {name}") for alias, name in OBJECTIVES.aliases.items()]
         case "scorers":
-            cards = [(name, scorer_class(name).card) for name in SCORERS]
+            cards = [(name, card_of(name)) for name in table()]
             return [
                 ("shapes", "the exact judge of the built-in world"),
                 *((f"taste:{k}", "a taste of the built-in world") for k in get_args(Kind)),
-                *((f"{name}:pkg.mod:obj" if c.plugin else name, _card_line(c)) for name, c in cards),
+                *((f"{name}:pkg.mod:obj" if c and c.plugin else name, _card_line(c)) for name, c in cards),
+                *((f"{name}:URL,MODEL", cls.card.summary) for name, cls in judges().items()),
+                ("http:URL", "a scorer of `diffalign serve`"),
                 ("pkg.mod:obj", "any callable f(images, prompts)"),
             ]
         case "presets":
@@ -815,6 +732,8 @@ def catalogue(what: str) -> list[tuple[str, str]]:
     raise ConfigError(f"nothing is listed as {what!r}")
 
 
-def _card_line(card: Card) -> str:
+def _card_line(card: Card | None) -> str:
+    if card is None:
+        return "a callable of another package"
     known = "verified" if card.verified else "not verified"
     return f"{card.summary} ({card.licence}{f'; {known} against published weights' if card.weights else ''})"

@@ -104,9 +104,9 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
             import torch
             from tiny_families import FAMILIES, randomise
 
-            from diffalign.recipes import _quiet
+            from diffalign.scoring import quiet
 
-            _quiet()
+            quiet()
             torch.manual_seed(0)
             folder = tmp_path_factory.mktemp(name)
             pipeline = FAMILIES[name](folder)

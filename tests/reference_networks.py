@@ -344,3 +344,119 @@ def fuse(s: State, x: Tensor, text: Tensor, seen: Tensor, heads: int, layers: in
         own = multi_query(rotary(q, freq, heads), rotary(k, freq, 1), v, 0.0)
         x = x + linear(own, s, f"{b}.attn_out") + linear(swiglu(ff), s, f"{b}.ff_out.1")
     return x
+
+
+# --- Qwen2-VL in the layout of HPSv3 ---------------------------------------------------------------------------------
+
+
+class QwenSize(NamedTuple):
+    width: int = 1280
+    layers: int = 32
+    heads: int = 16
+    text_width: int = 3584
+    text_layers: int = 28
+    text_heads: int = 28
+    groups: int = 4
+    inner: int = 18944
+    vocab: int = 151658
+    sections: tuple[int, int, int] = (16, 24, 24)
+
+
+def qwen_layout(s: QwenSize) -> Layout:
+    d, kv = s.text_width, s.text_width // s.text_heads * s.groups
+    out: Layout = {
+        "visual.patch_embed.proj.weight": (s.width, 3, 2, 14, 14),
+        **both("visual.merger.ln_q", (s.width,)),
+        **both("visual.merger.mlp.0", (4 * s.width, 4 * s.width)),
+        **both("visual.merger.mlp.2", (d, 4 * s.width)),
+        "model.embed_tokens.weight": (s.vocab, d),
+        "model.norm.weight": (d,),
+        "lm_head.weight": (s.vocab, d),
+    }
+    for i in range(s.layers):
+        b = f"visual.blocks.{i}"
+        out |= both(f"{b}.norm1", (s.width,)) | both(f"{b}.norm2", (s.width,))
+        out |= both(f"{b}.attn.qkv", (3 * s.width, s.width)) | both(f"{b}.attn.proj", (s.width, s.width))
+        out |= both(f"{b}.mlp.fc1", (4 * s.width, s.width)) | both(f"{b}.mlp.fc2", (s.width, 4 * s.width))
+    for i in range(s.text_layers):
+        b = f"model.layers.{i}"
+        out |= both(f"{b}.self_attn.q_proj", (d, d))
+        out |= both(f"{b}.self_attn.k_proj", (kv, d)) | both(f"{b}.self_attn.v_proj", (kv, d))
+        out |= {f"{b}.self_attn.o_proj.weight": (d, d), f"{b}.mlp.down_proj.weight": (d, s.inner)}
+        out |= {f"{b}.mlp.{n}_proj.weight": (s.inner, d) for n in ("gate", "up")}
+        out |= {f"{b}.{n}_layernorm.weight": (d,) for n in ("input", "post_attention")}
+    for i, (a, b_) in zip((0, 3, 5), ((d, 1024), (1024, 16), (16, 2)), strict=True):
+        out |= both(f"rm_head.{i}", (b_, a))
+    return out
+
+
+def turned(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotary embedding: (..., N, d) and (N, d / 2)."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
+
+
+def rotated_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, angles: Tensor, bias: Tensor | float = 0.0) -> Tensor:
+    """Of (N, H d) and (N, G d): groups of heads share keys and values."""
+    d = q.shape[-1] // heads
+    q, k, v = (x.unflatten(-1, (-1, d)).transpose(0, 1) for x in (q, k, v))
+    k, v = (x.repeat_interleave(heads // len(x), 0) for x in (k, v))
+    a = (turned(q, angles) @ turned(k, angles).transpose(-1, -2) / math.sqrt(d) + bias).softmax(-1)
+    return (a @ v).transpose(0, 1).flatten(1)
+
+
+def merged_order(height: int, width: int) -> list[tuple[int, int]]:
+    """Rows and columns of patches, the four that are merged next to each other."""
+    corners = [(y, x) for y in range(0, height, 2) for x in range(0, width, 2)]
+    return [(y + dy, x + dx) for y, x in corners for dy in (0, 1) for dx in (0, 1)]
+
+
+def qwen_image(s: State, size: QwenSize, image: Tensor) -> Tensor:
+    """(patches / 4, text width) of normalised pixels (3, H, W)."""
+    order = merged_order(image.shape[1] // 14, image.shape[2] // 14)
+    kernel = s["visual.patch_embed.proj.weight"].sum(2)  # both frames are the picture
+    grid = conv2d(image[None], kernel, stride=14)[0]
+    x = torch.stack([grid[:, r, c] for r, c in order])
+    d = size.width // size.heads
+    speed = 10000.0 ** (-torch.arange(0, d // 2, 2) / (d // 2))
+    angles = torch.stack([torch.cat([r * speed, c * speed]) for r, c in order])
+    for i in range(size.layers):
+        b = f"visual.blocks.{i}"
+        q, k, v = linear(norm(x, s, f"{b}.norm1", 1e-6), s, f"{b}.attn.qkv").chunk(3, -1)
+        x = x + linear(rotated_attention(q, k, v, size.heads, angles), s, f"{b}.attn.proj")
+        x = x + linear(quick_gelu(linear(norm(x, s, f"{b}.norm2", 1e-6), s, f"{b}.mlp.fc1")), s, f"{b}.mlp.fc2")
+    x = norm(x, s, "visual.merger.ln_q", 1e-6).reshape(-1, 4 * size.width)
+    return linear(gelu(linear(x, s, "visual.merger.mlp.0")), s, "visual.merger.mlp.2")
+
+
+def rms(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+def hpsv3(s: State, size: QwenSize, image: Tensor, before: list[int], after: list[int], place: int) -> Tensor:
+    """mu of ids before and after the picture, read at ``place``."""
+    seen = qwen_image(s, size, image)
+    rows, columns = image.shape[1] // 28, image.shape[2] // 28
+    words = s["model.embed_tokens.weight"]
+    x = torch.cat([words[before], seen, words[after]])
+    first, then = len(before), len(before) + max(rows, columns)
+    where = [(n,) * 3 for n in range(first)]
+    where += [(first, first + r, first + c) for r in range(rows) for c in range(columns)]
+    where += [(n,) * 3 for n in range(then, then + len(after))]
+    d = size.text_width // size.text_heads
+    speed = 1e6 ** (-torch.arange(0, d, 2) / d)
+    axis = [a for a, n in enumerate(size.sections) for _ in range(n)]
+    angles = torch.stack([torch.stack([p[a] * f for a, f in zip(axis, speed, strict=True)]) for p in where])
+    causal = torch.full((len(x),) * 2, -math.inf).triu(1)
+    for i in range(size.text_layers):
+        b = f"model.layers.{i}"
+        y = rms(x, s[f"{b}.input_layernorm.weight"])
+        q, k, v = (linear(y, s, f"{b}.self_attn.{n}_proj") for n in "qkv")
+        x = x + linear(rotated_attention(q, k, v, size.text_heads, angles, causal), s, f"{b}.self_attn.o_proj")
+        y = rms(x, s[f"{b}.post_attention_layernorm.weight"])
+        y = torch.nn.functional.silu(linear(y, s, f"{b}.mlp.gate_proj")) * linear(y, s, f"{b}.mlp.up_proj")
+        x = x + linear(y, s, f"{b}.mlp.down_proj")
+    y = rms(x, s["model.norm.weight"])[place]
+    for i in (0, 3):
+        y = linear(y, s, f"rm_head.{i}").relu()
+    return linear(y, s, "rm_head.5")[0]

@@ -11,7 +11,8 @@ import torch
 from diffalign.data.images import to_uint8
 from diffalign.data.pairs import read_pairs
 from diffalign.models import ModelSpec
-from diffalign.recipes import build_model, ceiling, make_scorers, prompts_of
+from diffalign.recipes import build_model, ceiling, prompts_of
+from diffalign.scoring import make_scorers
 from diffalign.shapes import asset, draw, judge, parse_caption, sample_scenes
 
 

@@ -180,8 +180,9 @@ def test_signals_save_and_exit_130(overrides: list[str], tmp_path: Path, name: s
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(overrides: list[str], tmp_path: Path) -> None:
-    """Gloo, two real processes of half the batch: the same losses and weights."""
+@pytest.mark.parametrize("texts", ["false", "true"])
+def test_two_processes_equal_one(overrides: list[str], tmp_path: Path, texts: str) -> None:
+    """Gloo, two real processes of half the batch: the same losses and weights, the text encoders' too."""
     import socket
 
     import torch
@@ -191,6 +192,7 @@ def test_two_processes_equal_one(overrides: list[str], tmp_path: Path) -> None:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     common = ["evaluate.enabled=false", "train.logging_steps=1", "train.learning_rate=1e-3", "train.max_steps=4"]
+    common += [f"model.lora.text_encoders={texts}"]
     common += ["train.adam_epsilon=0.01"]  # Adam divides rounding by rounding where a gradient is 0; this keeps it linear
     torchrun = [
         sys.executable,

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from conftest import FakeHub
+from conftest import FakeHub, picture
 
+from diffalign.cells import ScoreConfig, score
 from diffalign.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -28,11 +29,21 @@ COMMANDS = [
 def stand_ins(line: str, tmp_path: Path, tiny: Path, pairs_csv: Path, finished: Path, clip: Path) -> list[str]:
     """The words of a command with placeholders and large things replaced."""
     (tmp_path / "prompts.txt").write_text("a red circle on a grey background\na blue cross on a white background\n")
+    (tmp_path / "parti.tsv").write_text("Prompt\tCategory\na red circle on a grey background\tArts\n")
+    for name in ("YOUR_IMAGES", "YOUR_OTHER_IMAGES"):
+        (tmp_path / name).mkdir()
+        for i in range(2):
+            picture(i + len(name)).save(tmp_path / name / f"{i}.png")
+            (tmp_path / name / f"{i}.txt").write_text("a red circle on a grey background")
+    if line.startswith("diffalign compare"):
+        for name, folder in (("YOUR_IMAGES", "scored"), ("YOUR_OTHER_IMAGES", "other")):
+            score(ScoreConfig(path=str(tmp_path / name), scorers=["compressibility"], output_dir=str(tmp_path / folder)))
     line = line.partition(" #")[0]
     for name, value in {
         "YOUR_MODEL": str(tiny),
         "YOUR_PAIRS": str(pairs_csv),
         "YOUR_CLIP": str(clip),
+        "YOUR_PARTI.tsv": str(tmp_path / "parti.tsv"),
         "YOUR_PROMPTS.txt": str(tmp_path / "prompts.txt"),
         "CONFIG.yaml": "configs/shapes-dpo.yaml",
         "YOUR_ADAPTER": str(finished),
@@ -84,11 +95,15 @@ def test_command(
     given = {w.partition("=")[0] for w in words}
     if words[0] == "train":
         words += [o for o in overrides if o.partition("=")[0] not in given]
+    if words[0] == "estimate":
+        words += [f"model.path={tiny}"]
     if words[0] == "generate":
         words += [] if "model.path" in given else [f"model.path={tiny}"]
         words += ["sampling.num_inference_steps=1", "num_prompts=2"]
     if words[0] == "evaluate":
         words += ["sampling.num_inference_steps=1", "num_prompts=2"]
+    if words[0] == "serve":  # would serve until interrupted
+        monkeypatch.setattr("diffalign.serve.ScorerServer.serve_forever", lambda self: None)
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 0, result.output
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from diffalign.errors import DataError
-from diffalign.recipes import ShapesScorer, write_samples
+from diffalign.recipes import write_samples
 from diffalign.scorers import ScoreBatch, ScoreInput
+from diffalign.scoring import ShapesScorer
 from diffalign.shapes import draw, parse_caption
 from diffalign.train.evaluate import Evaluation, compare, score_images
 

@@ -299,9 +299,7 @@ def test_prompts_of_any_length_and_script_batch_without_touching_each_other(load
 
 @pytest.mark.parametrize(("name", "cut"), [("sd", 1), ("sdxl", 1), ("sd3-without-t5", 1), ("sd3", 0), ("pixart-sigma", 0)])
 def test_cut_prompts_are_counted_where_nothing_reads_them_whole(load: Any, name: str, cut: int) -> None:
-    model = load(name)
-    model.encode_prompts(["red", "red " * 30])
-    assert model.truncated_prompts == cut
+    assert load(name).truncated(["red", "red " * 30]) == cut
 
 
 @pytest.mark.parametrize("name", T5)
@@ -339,7 +337,7 @@ def test_long_prompts_are_read_in_chunks(load: Any, stock: Any, name: str) -> No
     words = LONG.split()
     assert len(words) == 25  # one token each, and 18 fit
     cond = model.encode_prompts([PROMPTS[0], LONG])
-    assert model.truncated_prompts == 0
+    assert model.truncated([PROMPTS[0], LONG]) == 0
     pieces = [PROMPTS[0], " ".join(words[:18]), " ".join(words[18:])]
     out = pipe.encode_prompt(pieces, device=torch.device("cpu"), num_images_per_prompt=1, do_classifier_free_guidance=False)
     torch.testing.assert_close(cond.embeds[0, :20], out[0][0])

@@ -162,17 +162,19 @@ def test_negative_prompts_matter_only_under_guidance(tiny: Path) -> None:
 
 def test_long_and_foreign_prompts_are_encoded_and_counted(tiny: Path) -> None:
     model = load(tiny)
-    model.encode_prompts(["日本の🙂 красный", "", "red " * 50])
-    assert model.truncated_prompts == 2  # bytes of the foreign prompt and 50 words exceed 20 tokens
+    prompts = ["日本の🙂 красный", "", "red " * 50]
+    assert model.encode_prompts(prompts).embeds.isfinite().all()
+    assert model.truncated(prompts) == 2  # bytes of the foreign prompt and 50 words exceed 20 tokens
 
 
 def test_fingerprints_follow_the_encoders_only(tiny: Path) -> None:
     a, b = load(tiny), load(tiny)
     disturb(b)
     assert a.fingerprint() == b.fingerprint()
+    other = load(tiny)
     with torch.no_grad():
-        next(b.pipeline.vae.parameters()).add_(1e-3)
-    assert a.fingerprint() != b.fingerprint()
+        next(other.pipeline.vae.parameters()).add_(1e-3)
+    assert a.fingerprint() != other.fingerprint()
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------

@@ -27,7 +27,6 @@ from torchvision.transforms import functional as TF
 
 from diffalign.cli import main
 from diffalign.errors import ConfigError, DataError, ModelError
-from diffalign.recipes import make_scorer, make_scorers, verify_scorer
 from diffalign.scorers import SCORERS, ScoreInput, combine, scorer_class
 from diffalign.scorers.aesthetic import Aesthetic, AestheticV1, AestheticV2, AestheticV25, folded
 from diffalign.scorers.blip import CycleReward, ImageReward
@@ -35,11 +34,13 @@ from diffalign.scorers.clip import PickScore
 from diffalign.scorers.encoders import TransformersCLIP, shared
 from diffalign.scorers.geneval import evaluate, relations
 from diffalign.scorers.hps import HPSv2, HPSv21
+from diffalign.scorers.hpsv3 import HPSv3, instruction_of, patches
 from diffalign.scorers.mps import MPS, OVERALL
 from diffalign.scorers.ocr import levenshtein, similarity
 from diffalign.scorers.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, of_folder
 from diffalign.scorers.safety import NSFW, SafetyChecker
 from diffalign.scorers.weights import differences
+from diffalign.scoring import make_scorer, make_scorers, verify_scorer
 from diffalign.shapes import build
 from diffalign.shapes.detect import Found
 
@@ -244,6 +245,57 @@ def mps_twin(folder: Path, threshold: float = 0.3) -> tuple[MPS, Tensor]:
     return narrow(folder, folder), math.exp(3) * ref.cosine(fused, ref.clip_text(clip, size, said))
 
 
+QWEN = ref.QwenSize(32, 2, 2, 32, 2, 4, 2, 48, 0, (1, 1, 2))
+CHAT = (
+    "{% for m in messages %}<|im_start|>{% for c in m.content %}{% if c.type == 'image' %}<|image_pad|>{% else %}{{ c.text }}"
+)
+CHAT += "{% endif %}{% endfor %}<|im_end|>{% endfor %}"
+
+
+def hpsv3_tokenizer(folder: Path) -> list[str]:
+    """Bytes are words of their own; returns the special tokens, whose ids follow."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tok = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<pad>", "<|im_start|>", "<|im_end|>", "<|image_pad|>"]
+    fast = PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<pad>", additional_special_tokens=special[1:])
+    fast.chat_template = CHAT
+    fast.save_pretrained(folder)
+    return letters + special + ["<|Reward|>"]
+
+
+def hpsv3_twin(folder: Path) -> tuple[HPSv3, Tensor]:
+    words = hpsv3_tokenizer(folder)
+    size = QWEN._replace(vocab=len(words))
+    state = ref.fill(ref.qwen_layout(size))
+    save_file(state, folder / "HPSv3.safetensors")
+    (folder / "data_collator_qwen.py").write_text(
+        'import nothing\nINSTRUCTION = """of {text_prompt}:\n"""\nprompt_with_special_token = "rate <|Reward|>\\nEND"\n'
+    )
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2}
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
+    text |= {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+    narrow = type("Narrow", (HPSv3,), {"vision": vision, "text": text, "side": 84, "dtype": torch.float32})
+
+    def ids(text: str) -> list[int]:
+        return [words.index({" ": "\u0120", "\n": "\u010a"}.get(c, c)) for c in text]
+
+    reward = words.index("<|Reward|>")
+    expected = []
+    for image, prompt in zip(PICTURES, PROMPTS, strict=True):
+        height, width = Preprocess(84, "area").resized(image.height, image.width)
+        x = TF.to_tensor(image.resize((width, height), Image.Resampling.BICUBIC))
+        before = [words.index("<|im_start|>")]
+        after = [*ids(f"of {prompt}:\nrate "), reward, *ids("\nEND"), words.index("<|im_end|>")]
+        place = 1 + width * height // 28**2 + after.index(reward)
+        expected.append(ref.hpsv3(state, size, TF.normalize(x, CLIP_MEAN, CLIP_STD), before, after, place))
+    return narrow(folder, folder, folder), torch.stack(expected)
+
+
 def layers_file(path: Path, widths: tuple[int, ...], names: list[str]) -> ref.State:
     layout: ref.Layout = {}
     for name, (a, b) in zip(names, pairwise(widths), strict=True):
@@ -349,6 +401,7 @@ def decomposed_twin(folder: Path) -> Twin:
 TWINS: dict[str, Callable[[Path, Path], Twin]] = {
     **{n: lambda f, c, n=n: similarity_twin(f, n) for n in ("clip", "clip100", "clipscore", "pickscore")},
     "hpsv2.1": lambda f, c: hps_twin(f),
+    "hpsv3": lambda f, c: hpsv3_twin(f),
     "imagereward": lambda f, c: blip_twin(f, ImageReward, 35),
     "cyclereward": lambda f, c: blip_twin(f, CycleReward, 128),
     "mps": lambda f, c: mps_twin(f),
@@ -429,6 +482,59 @@ def test_mps_has_every_tensor_of_the_published_file() -> None:
     assert differences(net, MPS.renamed(meta(layout))) is None
     assert MPS.condition == OVERALL
     assert len(OVERALL.split(", ")) == 22
+
+
+def test_hpsv3_has_every_tensor_of_the_published_file() -> None:
+    layout = ref.qwen_layout(ref.QwenSize())
+    with torch.device("meta"):
+        net = HPSv3.network(ref.QwenSize().vocab)
+    assert differences(net, HPSv3.renamed(meta(layout))) is None
+    today = {re.sub("^visual", "model.visual", k): v for k, v in layout.items()}
+    today = {re.sub("^model.layers", "model.language_model.layers", k): v for k, v in today.items()}
+    assert differences(net, HPSv3.renamed(meta(today))) is None
+    assert "1 unexpected (model.language_model.layers.28.mlp.up_proj.weight)" in str(
+        differences(net, HPSv3.renamed(meta({**layout, "model.layers.28.mlp.up_proj.weight": (1, 1)})))
+    )
+
+
+@given(st.integers(28, 4000), st.integers(28, 4000))
+def test_hpsv3_resizes_as_qwen_does(height: int, width: int) -> None:
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+    if max(height, width) > 200 * min(height, width):
+        return
+    theirs = smart_resize(height, width, 28, 448**2, 448**2)
+    assert Preprocess(448, "area").resized(height, width) == theirs
+
+
+def test_hpsv3_cuts_patches_as_qwen_does() -> None:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    theirs = Qwen2VLImageProcessorPil(size={"shortest_edge": 448**2, "longest_edge": 448**2})
+    for size in ((224, 112), (640, 480), (300, 301)):
+        said = theirs([noise(*size)], return_tensors="pt")
+        x = Preprocess(448, "area").one(noise(*size))
+        assert said["image_grid_thw"].tolist() == [[1, x.shape[1] // 14, x.shape[2] // 14]]
+        torch.testing.assert_close(patches(x), said["pixel_values"], atol=1e-4, rtol=0)
+
+
+def test_hpsv3_refuses_what_it_cannot_read(tmp_path: Path) -> None:
+    scorer, _ = hpsv3_twin(tmp_path)
+    with pytest.raises(DataError, match="1 x 1000 is too long"):
+        scorer(ScoreInput([noise(1, 1000)], ["p"]))
+    with pytest.raises(DataError, match=r"the prompt holds <\|image_pad\|>"):
+        scorer(ScoreInput([PICTURES[0]], ["<|image_pad|>"]))
+    # a prompt that holds the reward token is read at the rubric's own
+    assert scorer(ScoreInput([PICTURES[0]], ["<|Reward|>"])).values["hpsv3"].isfinite().all()
+    (tmp_path / "t.txt").write_text("of {prompt} rate <|Reward|>")
+    assert instruction_of(tmp_path / "t.txt") == "of {prompt} rate <|Reward|>"
+    for text in ("{prompt}", "<|Reward|> {prompt}"):
+        (tmp_path / "t.txt").write_text(text)
+        with pytest.raises(ModelError, match=r"no \{prompt\} with <\|Reward\|> after it"):
+            instruction_of(tmp_path / "t.txt")
+    (tmp_path / "c.py").write_text("INSTRUCTION = open('x').read()")
+    with pytest.raises(ModelError, match="no instruction of HPSv3"):
+        instruction_of(tmp_path / "c.py")
 
 
 def test_pickscore_has_every_tensor_of_the_published_file() -> None:
@@ -763,6 +869,79 @@ def test_subject_fidelity(tmp_path: Path, clip_folder: Path) -> None:
         assert empty.errors[1] is not None
 
 
+def test_lpips_by_the_formula(tmp_path: Path) -> None:
+    """Sum over five layers of the mean over places of weighted squared differences of unit features."""
+    layout: ref.Layout = {}
+    sizes = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
+    for i, (out, into, side) in sizes.items():
+        layout |= {f"features.{i}.weight": (out, into, side, side), f"features.{i}.bias": (out,)}
+    layout |= {"classifier.1.weight": (4, 4)}
+    state = ref.fill(layout)
+    torch.save(state, tmp_path / "alexnet-owt-7be5be79.pth")
+    lins = {f"lin{i}.model.1.weight": torch.rand(1, n, 1, 1) for i, (n, _, _) in enumerate(sizes.values())}
+    torch.save(lins, tmp_path / "alex.pth")
+    scorer = scorer_class("lpips")(tmp_path, tmp_path)
+
+    def layers(image: Image.Image) -> list[Tensor]:
+        x = TF.to_tensor(image.resize((256, 256), Image.Resampling.BICUBIC))[None] * 2 - 1
+        x = (x - torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)) / torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1)
+        out = []
+        for i, (stride, pad) in zip(sizes, ((4, 2), (1, 2), (1, 1), (1, 1), (1, 1)), strict=True):
+            x = torch.nn.functional.max_pool2d(x, 3, 2) if i in (3, 6) else x
+            x = torch.conv2d(x, state[f"features.{i}.weight"], state[f"features.{i}.bias"], stride, pad).relu()
+            out.append(x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10))
+        return out
+
+    def apart(a: Image.Image, b: Image.Image) -> float:
+        pairs = zip(layers(a), layers(b), lins.values(), strict=True)
+        return sum(((x - y).square() * w.clamp(min=0)).sum(1).mean().item() for x, y, w in pairs)
+
+    assert apart(PICTURES[0], PICTURES[1]) > 0.1
+    d = scorer.distances(PICTURES)
+    assert d[0, 1].item() == pytest.approx(apart(PICTURES[0], PICTURES[1]), rel=1e-4)
+    assert d.diagonal().abs().max() < 1e-6
+    got = scorer(ScoreInput(PICTURES[:2], PROMPTS[:2], [PICTURES[1:], [PICTURES[1]]])).values["lpips"]
+    assert got[0].item() == pytest.approx(-(d[0, 1] + d[0, 2]).item() / 2, rel=1e-5)
+    assert got[1].item() == pytest.approx(0, abs=1e-6)
+    assert scorer.diversity(PICTURES) == pytest.approx((d[0, 1] + d[0, 2] + d[1, 2]).item() / 3, rel=1e-5)
+
+
+def test_the_harmonic_reward_by_the_formula(tmp_path: Path) -> None:
+    from transformers import AlignConfig, AlignModel, EfficientNetImageProcessor
+
+    tok = build.tokenizer(tmp_path)
+    tok.model_max_length = 64
+    tok.save_pretrained(tmp_path)
+    part = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {"image_size": 32, "width_coefficient": 0.1, "depth_coefficient": 0.1, "hidden_dim": 16, "num_channels": 3}
+    torch.manual_seed(0)
+    text = {**part, "vocab_size": len(tok), "max_position_embeddings": 64, "pad_token_id": tok.pad_token_id}
+    net = AlignModel(AlignConfig(text_config=text, vision_config=vision, projection_dim=32)).eval()
+    for layer in net.vision_model.modules():  # or its features would be some 1e-30
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(layer.weight)
+    net.save_pretrained(tmp_path)
+    processor = EfficientNetImageProcessor(size={"height": 32, "width": 32}, resample=2)
+    processor.save_pretrained(tmp_path)
+    scorer = make_scorer(f"harmonic:{tmp_path}")
+    references = [[PICTURES[1]], [PICTURES[2], PICTURES[0]], [PICTURES[2]]]
+    got = scorer(ScoreInput(PICTURES, PROMPTS, references)).values["harmonic"]
+    words = tok(PROMPTS, padding="max_length", max_length=64, return_tensors="pt")
+    with torch.no_grad():
+        pixels = processor(PICTURES, return_tensors="pt").pixel_values
+        said = net(pixel_values=pixels, **words)
+    cos_text = ref.cosine(said.image_embeds, said.text_embeds)
+    places = {id(p): i for i, p in enumerate(PICTURES)}
+    expected = []
+    for i, group in enumerate(references):
+        likes = [ref.cosine(said.image_embeds[i], said.image_embeds[places[id(p)]]) for p in group]
+        like, mean = (sum(likes) / len(likes) + 1) / 2, (cos_text[i] + 1) / 2
+        expected.append(1 / (0.3 / like + 0.7 / mean))
+    torch.testing.assert_close(got, torch.stack(expected), atol=1e-5, rtol=1e-5)
+    with pytest.raises(DataError, match="harmonic needs references"):
+        scorer(ScoreInput(PICTURES, PROMPTS))
+
+
 def test_safety_flags_what_the_published_checker_flags(tmp_path: Path) -> None:
     """diffusers' checker blacks out exactly the pictures whose value is below -0.0005."""
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
@@ -993,14 +1172,14 @@ def test_every_scorer_says_what_its_numbers_mean(name: str) -> None:
 def test_make_scorers_takes_names_paths_and_callables(
     clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "plugs.py").write_text(
+    (tmp_path / "own_scorers.py").write_text(
         "from diffalign.scorers import Card, ScoreBatch\nimport torch\n"
         "def f(images, prompts):\n    return [len(p) for p in prompts]\n"
         "class Mine:\n    name = 'mine'\n    card = Card('mine', 's', 'u', 'c', 'l')\n"
         "    def __call__(self, batch):\n        return ScoreBatch({'mine': torch.ones(len(batch))})\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    scorers = make_scorers(["shapes", "taste:size", f"clip:{clip_folder}", "plugs:f", "plugs:Mine", "compressibility"])
+    scorers = make_scorers(["shapes", "taste:size", f"clip:{clip_folder}", "own_scorers:f", "own_scorers:Mine", "compressibility"])
     assert [s.name for s in scorers] == ["shapes", "taste_size", "clip", "f", "mine", "compressibility"]
     assert scorers[3](ScoreInput(PICTURES, PROMPTS)).values["f"].tolist() == [len(p) for p in PROMPTS]
     assert scorers[4](ScoreInput(PICTURES, PROMPTS)).values["mine"].tolist() == [1, 1, 1]
@@ -1008,8 +1187,37 @@ def test_make_scorers_takes_names_paths_and_callables(
         make_scorers([f"clip:{clip_folder}", f"clip:{clip_folder}"])
     with pytest.raises(ConfigError, match="the scorer clip takes 1 paths, not 2"):
         make_scorer(f"clip:{clip_folder},{clip_folder}")
-    with pytest.raises(ConfigError, match="cannot import 'plugs:none'"):
-        make_scorer("plugs:none")
+    with pytest.raises(ConfigError, match="cannot import 'own_scorers:none'"):
+        make_scorer("own_scorers:none")
+
+
+def test_other_packages_bring_scorers_by_entry_points(
+    clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about = tmp_path / "plugged-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: plugged\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(
+        "[diffalign.scorers]\nletters = plugged:letters\ntwice = plugged:Twice\nclip = plugged:letters\ngone = plugged:no\n"
+    )
+    (tmp_path / "plugged.py").write_text(
+        "from dataclasses import replace\nfrom diffalign.scorers.clip import CLIPScore\n"
+        "def letters(images, prompts):\n    return [len(p) for p in prompts]\n"
+        "class Twice(CLIPScore):\n    card = replace(CLIPScore.card, name='twice', summary='two times clip')\n"
+        "    def value(self, cosine):\n        return 2 * cosine\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    letters, twice, clip = make_scorers(["letters", f"twice:{clip_folder}", f"clip:{clip_folder}"])
+    batch = ScoreInput(PICTURES, PROMPTS)
+    assert letters(batch).values["letters"].tolist() == [len(p) for p in PROMPTS]
+    torch.testing.assert_close(twice(batch).values["twice"], 2 * clip(batch).values["clip"])  # our names win
+    assert twice.encoder is clip.encoder
+    with pytest.raises(ConfigError, match=r"cannot import the scorer gone \(plugged:no\)"):
+        make_scorer("gone")
+    (about / "entry_points.txt").write_text("[diffalign.scorers]\nletters = plugged:letters\ntwice = plugged:Twice\n")
+    listed = CliRunner().invoke(main, ["list", "scorers"]).output
+    assert re.search("^letters +a callable of another package$", listed, re.M)
+    assert re.search("^twice +two times clip .*not verified", listed, re.M)
 
 
 def test_only_the_files_of_a_scorer_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

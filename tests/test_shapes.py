@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -24,7 +25,7 @@ from diffalign.shapes import (
     sample_scenes,
     see,
 )
-from diffalign.shapes.render import EXTENT, coverage, relation_of
+from diffalign.shapes.render import EXTENT, coverage, relation_of, signed_distance
 from diffalign.shapes.scene import BACKGROUNDS, COLOURS, INVERSE, PHRASINGS, RELATIONS, SHAPES
 from diffalign.shapes.second import second_judge
 
@@ -202,6 +203,23 @@ def test_the_second_judge_agrees_on_clean_and_damaged_drawings() -> None:
         assert np.mean(agree) >= 0.95
     wrong = second_judge(clean, scenes[1:] + scenes[:1])
     assert np.mean([ok for facts in wrong for ok in facts.values()]) < 0.5
+
+
+def test_the_second_judge_sees_two_things_of_one_colour() -> None:
+    pair = np.minimum(one("triangle", cx=8, cy=16, r=4), one("cross", cx=24, cy=16, r=4))
+    facts = second_judge(pair, ["a red triangle left of a red cross on a grey background"])
+    assert all(facts[0].values())
+
+
+@pytest.mark.parametrize(("a", "b"), list(itertools.permutations(range(len(SHAPES)), 2)))
+def test_an_outline_nearer_to_one_shape_is_not_called_by_the_other(a: int, b: int) -> None:
+    """A mixture of two shapes' distances, 0.6 of the one: drawn eight times as fine and averaged."""
+    grid = (np.arange(256, dtype=np.float32) + 0.5) / 8
+    x, y, r = grid[None, :] - 15.8, grid[:, None] - 16.3, np.float32(4.5)
+    near, far = (signed_distance(np.array([[k]]), x, y, r) for k in (a, b))
+    ink = np.clip(0.5 - 8 * (0.6 * near + 0.4 * far), 0, 1).reshape(32, 8, 32, 8).mean((1, 3))[..., None]
+    picture = np.float32(BACKGROUNDS["white"]) * (1 - ink) + np.float32(COLOURS["blue"]) * ink
+    assert not judge(picture.round().astype(np.uint8)[None], [f"a blue {SHAPES[b]} on a white background"])[0].exact
 
 
 def one(

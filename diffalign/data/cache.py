@@ -14,7 +14,7 @@ from diffalign.data.files import atomic
 
 log = logging.getLogger(__name__)
 
-SHARD = 256
+SHARD, BATCH = 256, 32
 
 
 class TensorCache:
@@ -44,7 +44,7 @@ class TensorCache:
             key, _, part = name.partition("/")
             self.entries.setdefault(key, {})[part] = tensor
 
-    def fill(self, keys: Sequence[str], make: Callable[[list[int]], dict[str, Tensor]], batch: int = 32) -> None:
+    def fill(self, keys: Sequence[str], make: Callable[[list[int]], dict[str, Tensor]], batch: int = BATCH) -> None:
         """Compute the entries of ``keys`` that are missing: ``make`` gets positions in ``keys`` and returns named stacks."""
         from safetensors.torch import save_file
 

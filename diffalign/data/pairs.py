@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from diffalign.data import images
+from diffalign.data.sources import undecoded
 from diffalign.data.tables import read_table
 from diffalign.errors import DataError
 
@@ -26,6 +27,11 @@ class Picture:
     def key(self) -> str:
         """Content hash, the key of everything cached about it."""
         return images.sha256(self.source if isinstance(self.source, bytes) else self.source.read_bytes())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(height, width) in pixels, from the header."""
+        return images.dimensions(self.source, self.where)
 
     def load(self) -> Image.Image:
         return images.decode(self.source, self.where)
@@ -172,23 +178,10 @@ def _file(path: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"{path}: neither a dataset folder nor a table", hint=f"use one of {', '.join(kinds)}")
     if not path.is_file():
         raise DataError(f"no such file: {path}")
-    return _rows(lambda: load_dataset(kinds[path.suffix], data_files=str(path), split="train", streaming=True), str(path))
+    return undecoded(lambda: load_dataset(kinds[path.suffix], data_files=str(path), split="train", streaming=True), str(path))
 
 
 def _hub(name: str) -> Iterator[dict[str, Any]]:
     from datasets import load_dataset
 
-    return _rows(lambda: load_dataset(name, split="train", streaming=True), name)
-
-
-def _rows(open_dataset: Callable[[], Any], name: str) -> Iterator[dict[str, Any]]:
-    from datasets import Image as ImageFeature
-
-    try:
-        dataset = open_dataset()
-        for column, feature in (dataset.features or {}).items():
-            if isinstance(feature, ImageFeature):  # leave decoding to us: one error per bad image, not one for all
-                dataset = dataset.cast_column(column, ImageFeature(decode=False))
-        yield from dataset
-    except Exception as e:
-        raise DataError(f"{name}: cannot read the pairs: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from e
+    return undecoded(lambda: load_dataset(name, split="train", streaming=True), name)

@@ -1,4 +1,4 @@
-"""The preference dataset: a folder of Parquet shards ``images/``, ``scores/``, ``pairs/`` and ``manifest.json``."""
+"""The preference dataset: a folder of ``manifest.json`` and Parquet shards in ``images/``, ``scores/``, ``pairs/`` ..."""
 
 from __future__ import annotations
 
@@ -29,17 +29,20 @@ def schemas() -> dict[str, pa.Schema]:
             ("image_id", s), ("sha256", s), ("prompt_id", s), ("prompt", s), ("negative_prompt", s), ("image", image),
             ("k", i), ("seed", i), ("model", s), ("revision", s), ("adapter", s), ("sampler", s),
             ("num_inference_steps", i), ("guidance_scale", f), ("width", i), ("height", i), ("versions", s), ("licence", s),
+            ("category", s), ("phash", s), ("error", s),
         ],
         "scores": [
             ("image_sha256", s), ("prompt_sha256", s), ("scorer", s), ("version", s), ("preprocess_version", s),
             ("value", f), ("error", s),
         ],
+        "embeddings": [("image_sha256", s), ("encoder", s), ("vector", pa.list_(pa.float32()))],
         "pairs": [
             ("pair_id", s), ("prompt_id", s), ("prompt", s), ("chosen_id", s), ("rejected_id", s), ("p_win", f),
             ("margins", s), ("rule", s), ("scores", s), ("annotator", s), ("user", s), ("group", s), ("source", s),
         ],
     }  # fmt: skip
-    features = {"image": {"_type": "Image"}}
+    vector = {"feature": {"dtype": "float32", "_type": "Value"}, "_type": "List"}
+    features = {"image": {"_type": "Image"}, "vector": vector}
     out = {}
     for name, cols in columns.items():
         info = {c: features.get(c, {"dtype": str(t).replace("double", "float64"), "_type": "Value"}) for c, t in cols}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.errors import ModelError
-from diffalign.models.base import Cond, Format, LoRA, Model, ModelSpec, Weights
+from diffalign.models.base import Cond, Format, LoRA, Model, ModelSpec, Phase, Weights
 
 # pipeline class in model_index.json -> module:class of its family
 FAMILIES = {
@@ -66,4 +66,16 @@ def load_model(folder: Path, spec: ModelSpec) -> Model:
     return model
 
 
-__all__ = ["FAMILIES", "Cond", "Format", "LoRA", "Model", "ModelSpec", "Weights", "detect", "find_family", "load_model"]
+__all__ = [
+    "FAMILIES",
+    "Cond",
+    "Format",
+    "LoRA",
+    "Model",
+    "ModelSpec",
+    "Phase",
+    "Weights",
+    "detect",
+    "find_family",
+    "load_model",
+]

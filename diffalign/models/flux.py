@@ -22,11 +22,13 @@ class Flux(FlowMatching):
 
     family = "flux"
     encoders = ("text_encoder", "text_encoder_2")
+    t5 = "tokenizer_2"
     text_setting = "max_sequence_length"
 
     def __init__(self, pipeline: Any, spec: ModelSpec) -> None:
         super().__init__(pipeline, spec)
         self.distilled = self.net.config.guidance_embeds
+        self.takes_negative = not self.distilled
 
     def _latent_shape(self) -> tuple[int, int, int]:
         side = self.pipeline.vae.config.sample_size // self.pipeline.vae_scale_factor
@@ -39,7 +41,6 @@ class Flux(FlowMatching):
 
     def _encode(self, texts: list[str]) -> Cond:
         pipe = self.pipeline
-        self._count_long(pipe.tokenizer_2, texts, self.text_length)
         embeds, pooled, _ = pipe.encode_prompt(texts, device=self.device, max_sequence_length=self.text_length)
         return Cond(embeds, pooled=pooled)
 

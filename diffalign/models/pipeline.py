@@ -5,20 +5,25 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffalign.errors import ModelError
 from diffalign.models.attention import set_attention
-from diffalign.models.base import NOTHING, Cond, Format, ModelSpec, Weights, check_finite, fingerprint
-from diffalign.models.lora import KOHYA_FILE, adapter_of, add_adapter, header_of, read_adapter, to_kohya
+from diffalign.models.base import NOTHING, Cond, Format, ModelSpec, Phase, Weights, check_finite, fingerprint
+from diffalign.models.lora import FLAT, KOHYA_FILE, adapter_of, header_of, is_flat, read_adapter, to_kohya
+from diffalign.models.quantize import quantizer
 from diffalign.path import Coeffs, Kind
+
+LARGE = 1024**2
+"""Pixels above which the VAE takes less at a time."""
+HOST = torch.device("cpu")
 
 
 class PipelineModel:
@@ -36,10 +41,18 @@ class PipelineModel:
     """Names of the text encoders in the pipeline."""
     text_setting: ClassVar[str]
     """Which of the text settings of :class:`ModelSpec` applies: ``long_prompts`` or ``max_sequence_length``."""
+    t5: ClassVar[str | None] = None
+    """The tokenizer of the T5, if the family has one."""
+    adapts_texts: ClassVar[bool] = False
+    """Whether the text encoders may be adapted: ``lora.text_encoders``."""
     load_options: ClassVar[dict[str, Any]] = {}
     lora_file: ClassVar[str] = "pytorch_lora_weights.safetensors"
     lora_prefix: ClassVar[str] = "transformer."
     """Before the names of the weights in that file."""
+    takes_negative: bool = True
+    """See :class:`diffalign.models.base.Model`."""
+    granularity: ClassVar[int] = 64
+    """See :class:`diffalign.models.base.Model`; the step of every family's own training so far."""
 
     kind: Kind
 
@@ -50,34 +63,50 @@ class PipelineModel:
         for name in {"long_prompts", "max_sequence_length"} - {self.text_setting}:
             if getattr(spec, name) != ModelSpec.model_fields[name].default:
                 raise ModelError(f"model.{name} does not apply to {self.family}", hint=f"it has model.{self.text_setting}")
+        wanted = spec.lora is not None and spec.lora.text_encoders
+        if wanted and not self.adapts_texts:
+            raise ModelError(f"model.lora.text_encoders does not apply to {self.family}", hint="only the network is adapted")
+        self.trained = (self.net_name, *(self.encoders if wanted else ()))
         pipeline.set_progress_bar_config(disable=True)
-        check_finite(self.net, f"{spec.path}/{self.net_name}")
+        if spec.quantization == "none":  # what is quantised is finite
+            check_finite(self.net, f"{spec.path}/{self.net_name}")
         for name, module in self._frozen().items():
             module.requires_grad_(False).eval()
             check_finite(module, f"{spec.path}/{name}")
+        self._device = next(pipeline.vae.parameters()).device
         self.latent_shape = self._latent_shape()
         factor = pipeline.vae_scale_factor
         self.resolution = (self.latent_shape[1] * factor, self.latent_shape[2] * factor)
         if spec.attention is not None:
             set_attention(self.net, spec.attention)
-        self.named_weights = Weights(self.net, spec, self._load_lora)
+        for name in self.trained[1:]:
+            check_finite(getattr(pipeline, name), f"{spec.path}/{name}")
+        parts = {name: getattr(pipeline, name) for name in self.trained}
+        self.named_weights = Weights(parts, spec, lambda path: read_adapter(Path(path), pipeline, self.trained))
+        if self.trains_texts:
+            self.net = Together(parts)
         self.dtype = torch.float32 if spec.lora is None else getattr(torch, spec.dtype)
         self._empty: Cond | None = None
-        self.truncated_prompts = 0
+        self._fingerprint = ""
 
     @classmethod
     def load(cls, folder: Path, spec: ModelSpec) -> Self:
         """From a folder in the diffusers layout."""
+        quantized = {} if spec.quantization == "none" else {"quantization_config": quantizer(spec, cls.net_name)}
+        return cls(cls._open(folder, spec, **quantized), spec)
+
+    @classmethod
+    def _open(cls, folder: Path | str, spec: ModelSpec, **more: Any) -> Any:
         from diffusers import DiffusionPipeline
 
         dtypes = {"default": getattr(torch, spec.dtype), "vae": torch.float32}
         if spec.lora is None:
             dtypes[cls.net_name] = torch.float32
         # a pipeline saved without a part, such as SD3 without its T5, loads only if told so
-        index = json.loads((folder / "model_index.json").read_text())
+        index = json.loads((Path(folder) / "model_index.json").read_text())
         absent = {name: None for name, part in index.items() if isinstance(part, list) and part[0] is None}
         options = {"variant": spec.variant, "dtype": dtypes, "local_files_only": True} | absent | cls.load_options
-        return cls(DiffusionPipeline.from_pretrained(folder, **options), spec)
+        return DiffusionPipeline.from_pretrained(folder, **options | more)
 
     # --- what a family says ------------------------------------------------------------------------------------------
 
@@ -98,16 +127,31 @@ class PipelineModel:
 
     @property
     def device(self) -> torch.device:
-        return next(self.pipeline.vae.parameters()).device
+        return self._device
 
     def to(self, device: torch.device) -> Self:
-        self.pipeline.to(device)
-        self._empty = None
+        return self.stage("sample", device)
+
+    def stage(self, phase: Phase, device: torch.device | None = None) -> Self:
+        """See :meth:`diffalign.models.base.Model.stage`."""
+        self._device, self._empty = device or self._device, None
+        if phase == "train":
+            self.fingerprint()  # while there is something to hash
+            for part in self._frozen().values():
+                part.to("meta")
+        elif self.pipeline.vae.device.type == "meta":
+            fresh = self._open(self.pipeline.name_or_path, self.spec, **dict.fromkeys(self.trained))
+            self.pipeline.register_modules(**{n: getattr(fresh, n).requires_grad_(False).eval() for n in self._frozen()})
+        needed = {"pictures": ("vae",), "texts": self.encoders, "train": (), "sample": ("vae", *self.encoders)}[phase]
+        for name, part in self._frozen().items() if phase != "train" else ():
+            _move(part, self._device if name in needed else HOST)
+        for part in self.named_weights.parts.values():
+            _move(part, self._device if phase in ("train", "sample") else HOST)
         return self
 
     def _frozen(self) -> dict[str, Any]:
         """The parts that are never trained, by name; a pipeline may come without one of its text encoders."""
-        parts = {name: getattr(self.pipeline, name) for name in ("vae", *self.encoders)}
+        parts = {name: getattr(self.pipeline, name) for name in ("vae", *self.encoders) if name not in self.trained}
         return {name: part for name, part in parts.items() if part is not None}
 
     @property
@@ -118,14 +162,23 @@ class PipelineModel:
         stock: int = inspect.signature(self.pipeline.__call__).parameters["max_sequence_length"].default
         return stock
 
-    def _count_long(self, tokenizer: Any, texts: list[str], limit: int) -> None:
-        found = tokenizer(texts, truncation=False, verbose=False).input_ids
-        self.truncated_prompts += sum(len(ids) > limit for ids in found)
+    @property
+    def trains_texts(self) -> bool:
+        return len(self.trained) > 1
 
-    @torch.no_grad()
+    def truncated(self, prompts: Iterable[str]) -> int:
+        """See :meth:`diffalign.models.base.Model.truncated`. Where there is a T5, it reads the most."""
+        if self.spec.long_prompts == "chunk":
+            return 0
+        t5: Any = getattr(self.pipeline, self.t5) if self.t5 else None
+        tokenizer = t5 or self.pipeline.tokenizer
+        limit = self.text_length if t5 else tokenizer.model_max_length
+        return sum(len(tokenizer(p, truncation=False, verbose=False).input_ids) > limit for p in prompts)
+
     def encode_prompts(self, prompts: Sequence[str | None]) -> Cond:
-        """(B, L, D) embeddings and what else the family needs; prompts beyond the encoder's length are cut and counted."""
-        return self._encode([p or "" for p in prompts])
+        """(B, L, D) embeddings and what else the family needs; what is beyond the encoder's length is cut."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_texts):
+            return self._encode([p or "" for p in prompts])
 
     def sized(self, cond: Cond, frame: Tensor) -> Cond:
         """See :meth:`diffalign.models.base.Model.sized`."""
@@ -138,23 +191,34 @@ class PipelineModel:
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] to latents."""
-        vae = self.pipeline.vae
+        vae = self._vae(pixels.shape)
         mean = vae.encode(pixels.to(self.device) * 2 - 1).latent_dist.mean
         return (mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to (B, 3, H, W) in [0, 1]."""
-        vae = self.pipeline.vae
+        factor = self.resolution[0] // self.latent_shape[1]
+        vae = self._vae((*latents.shape[:2], *(factor * side for side in latents.shape[2:])))
         z = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
         return (vae.decode(z, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+
+    def _vae(self, shape: Sequence[int]) -> Any:
+        """The VAE, set for pictures of (B, 3, H, W): one at a time where together they are more than a square of 1024, and
+        in tiles, which changes what they overlap on a little, where one alone is.
+        """
+        vae, (rows, _, height, width) = self.pipeline.vae, shape
+        vae.use_slicing = rows * height * width > LARGE
+        vae.use_tiling = height * width > LARGE
+        return vae
 
     def predict(self, x: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0, negative: Cond | None = None) -> Tensor:
         """Native prediction at x_t, fp32; with ``guidance`` above 1 extrapolated from the negative (or no) prompt."""
         if guidance == 1.0:
             return self._call(x, t, cond)
         if negative is None:
-            self._empty = self._empty or self.encode_prompts([None])
+            if self._empty is None or self.trains_texts:  # whose weights are now others than before
+                self._empty = self.encode_prompts([None])
             negative = self._empty[[0] * len(cond)]
         if cond.frame is not None:
             negative = self.sized(negative, cond.frame)
@@ -170,8 +234,10 @@ class PipelineModel:
 
     def fingerprint(self) -> str:
         """Of the parts whose outputs are cached, and the settings that they depend on."""
-        setting = self.text_length if self.text_setting == "max_sequence_length" else self.spec.long_prompts
-        return fingerprint(self._frozen(), (type(self.pipeline).__name__, setting))
+        if not self._fingerprint:
+            setting = self.text_length if self.text_setting == "max_sequence_length" else self.spec.long_prompts
+            self._fingerprint = fingerprint(self._frozen(), (type(self.pipeline).__name__, setting))
+        return self._fingerprint
 
     def export(self, folder: Path, format: Format = "diffusers", about: Mapping[str, str] = NOTHING) -> Path:
         """Write what was trained, and return its first file.
@@ -194,16 +260,16 @@ class PipelineModel:
             return folder / "model_index.json"
         from safetensors.torch import save_file
 
-        net = self.named_weights.net
+        parts = self.named_weights.parts
         folder.mkdir(parents=True, exist_ok=True)
-        weights, alphas = adapter_of(net)
+        adapters = {name: adapter_of(part) for name, part in parts.items()}
         if format == "kohya":
-            named, name = to_kohya((weights, alphas), self.pipeline, self.net_name), KOHYA_FILE
-            config = net.peft_config["default"]  # by the names that tools for kohya's files show
+            named, name = to_kohya(adapters, self.pipeline), KOHYA_FILE
+            config = self.named_weights.net.peft_config["default"]  # by the names that tools for kohya's files show
             header = {"format": "pt", **about, "ss_network_dim": str(config.r), "ss_network_alpha": str(config.lora_alpha)}
         else:
-            named, name = {f"{self.lora_prefix}{n}": w for n, w in weights.items()}, self.lora_file
-            header = header_of(net, self.net_name, about)
+            named = {self._in_file(part) + n: w for part, (weights, _) in adapters.items() for n, w in weights.items()}
+            name, header = self.lora_file, header_of(parts, about)
             self._beside_lora(folder)
         save_file({n: w.cpu().contiguous() for n, w in named.items()}, folder / name, header)
         return folder / name
@@ -223,15 +289,35 @@ class PipelineModel:
                 net.load_state_dict({k: v for file in files for k, v in load_file(file).items()})
             else:
                 state = load_file(folder / self.lora_file)
-                set_peft_model_state_dict(net, {k.removeprefix(self.lora_prefix): v for k, v in state.items()})
+                for name, part in self.named_weights.parts.items():
+                    before = self._in_file(name) + (FLAT if is_flat(part) else "")
+                    mine = {k.removeprefix(before): v for k, v in state.items() if k.startswith(before)}
+                    set_peft_model_state_dict(part, mine)
         except (OSError, SafetensorError, RuntimeError) as e:
             raise ModelError(f"{folder}: cannot load the trained weights: {' '.join(str(e).split())[:300]}") from e
 
     def _beside_lora(self, folder: Path) -> None:
         """What else the family's adapters need in their folder."""
 
-    def _load_lora(self, path: str) -> None:
-        add_adapter(self.net, read_adapter(Path(path), self.pipeline, self.net_name), path)
+    def _in_file(self, part: str) -> str:
+        return self.lora_prefix if part == self.net_name else f"{part}."
+
+
+class Together(nn.Module):
+    """The network and what is trained with it, as the one module that accelerate is given: called, it is the network."""
+
+    def __init__(self, parts: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.net, *encoders = parts.values()
+        self.encoders = nn.ModuleList(encoders)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.net(*args, **kwargs)
+
+
+def _move(part: Any, device: torch.device) -> None:
+    if part.device != device:  # fake weights, which an estimate runs on, cannot even be moved to where they are
+        part.to(device)
 
 
 class NoisePrediction(PipelineModel):
@@ -251,9 +337,10 @@ class NoisePrediction(PipelineModel):
         abar = self.scheduler.alphas_cumprod.double()
         self._alpha, self._sigma = abar.sqrt().float(), (1 - abar).sqrt().float()
 
-    def to(self, device: torch.device) -> Self:
-        self._alpha, self._sigma = self._alpha.to(device), self._sigma.to(device)
-        return super().to(device)
+    def stage(self, phase: Phase, device: torch.device | None = None) -> Self:
+        super().stage(phase, device)
+        self._alpha, self._sigma = self._alpha.to(self.device), self._sigma.to(self.device)
+        return self
 
     def timestep(self, u: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Fractions of the schedule in [0, 1) to integer timesteps, whatever the size."""

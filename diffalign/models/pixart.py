@@ -22,6 +22,7 @@ class PixArt(NoisePrediction):
 
     family = "pixart"
     encoders = ("text_encoder",)
+    t5 = "tokenizer"
     text_setting = "max_sequence_length"
     lora_file = "adapter_model.safetensors"
     lora_prefix = lora.PEFT
@@ -31,7 +32,6 @@ class PixArt(NoisePrediction):
         self.told_size = self.net.use_additional_conditions
 
     def _encode(self, texts: list[str]) -> Cond:
-        self._count_long(self.pipeline.tokenizer, texts, self.text_length)
         embeds, mask, _, _ = self.pipeline.encode_prompt(
             texts, do_classifier_free_guidance=False, device=self.device, max_sequence_length=self.text_length
         )

@@ -18,6 +18,7 @@ class SD3(FlowMatching):
 
     family = "sd3"
     encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    t5 = "tokenizer_3"
     text_setting = "max_sequence_length"
 
     @property
@@ -29,10 +30,6 @@ class SD3(FlowMatching):
     def _encode(self, texts: list[str]) -> Cond:
         """(B, 77 + L, D): both CLIPs side by side, then the T5; their pooled projections side by side."""
         pipe = self.pipeline
-        if pipe.text_encoder_3 is None:
-            self._count_long(pipe.tokenizer, texts, pipe.tokenizer_max_length)
-        else:
-            self._count_long(pipe.tokenizer_3, texts, self.text_length)
         embeds, _, pooled, _ = pipe.encode_prompt(
             texts, texts, texts, self.device, do_classifier_free_guidance=False, max_sequence_length=self.text_length
         )

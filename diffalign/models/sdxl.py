@@ -24,7 +24,16 @@ class SDXL(NoisePrediction):
     lora_prefix = "unet."
     encoders = ("text_encoder", "text_encoder_2")
     text_setting = "long_prompts"
+    adapts_texts = True
     load_options = {"add_watermarker": False}  # it would mark exported samples, and our own sampling has none
+
+    def __init__(self, pipeline: Any, spec: ModelSpec) -> None:
+        super().__init__(pipeline, spec)
+        if self.trains_texts:  # the first encoder's last layer is not read: an adapter there would get no gradient
+            from diffusers.utils import recurse_remove_peft_layers
+
+            named = pipeline.text_encoder.named_modules()
+            recurse_remove_peft_layers(next(m for n, m in named if n.endswith("encoder.layers"))[-1])
 
     @classmethod
     def load(cls, folder: Path, spec: ModelSpec) -> Self:
@@ -36,7 +45,7 @@ class SDXL(NoisePrediction):
     def encode_prompts(self, prompts: Sequence[str | None]) -> Cond:
         """See :meth:`PipelineModel.encode_prompts`. No prompt is zeros where the pipeline says so, not an empty prompt."""
         cond = super().encode_prompts(prompts)
-        if not self.pipeline.config.force_zeros_for_empty_prompt or cond.pooled is None:
+        if None not in prompts or not self.pipeline.config.force_zeros_for_empty_prompt or cond.pooled is None:
             return cond
         absent = tensor([p is None for p in prompts], device=cond.embeds.device)
         embeds = cond.embeds.masked_fill(absent[:, None, None], 0)
@@ -46,7 +55,6 @@ class SDXL(NoisePrediction):
         """The last hidden states but one of both encoders, side by side; the second's projection as the pooled vector."""
         pipe, frame = self.pipeline, self._native_frame(len(texts))
         if self.spec.long_prompts == "truncate":
-            self._count_long(pipe.tokenizer, texts, pipe.tokenizer.model_max_length)
             embeds, _, pooled, _ = pipe.encode_prompt(texts, device=self.device, do_classifier_free_guidance=False)
             return Cond(embeds, pooled=pooled, frame=frame)
         embeds, mask, pooled = zip(*(self._read(n, texts) for n in ("", "_2")), strict=True)

@@ -20,6 +20,7 @@ class StableDiffusion(NoisePrediction):
     lora_prefix = "unet."
     encoders = ("text_encoder",)
     text_setting = "long_prompts"
+    adapts_texts = True
     load_options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
     def _encode(self, texts: list[str]) -> Cond:
@@ -28,7 +29,6 @@ class StableDiffusion(NoisePrediction):
         if self.spec.long_prompts == "chunk":
             chunks = Chunks(pipe.tokenizer, texts)
             return Cond(*chunks.join(pipe.text_encoder(chunks.ids.to(self.device))[0]))
-        self._count_long(pipe.tokenizer, texts, pipe.tokenizer.model_max_length)
         return Cond(pipe.encode_prompt(texts, self.device, 1, do_classifier_free_guidance=False)[0])
 
     def _forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from importlib.metadata import entry_points
 from typing import Any
 
+from diffalign.errors import ConfigError
 from diffalign.scorers.base import Callback, Card, Reward, ScoreBatch, ScoreInput, Scorer, Weight, import_object, import_scorer
 
 # name -> module:class
@@ -14,6 +16,7 @@ SCORERS = {
     "clipscore": "diffalign.scorers.clip:CLIPScoreHessel",
     "hpsv2": "diffalign.scorers.hps:HPSv2",
     "hpsv2.1": "diffalign.scorers.hps:HPSv21",
+    "hpsv3": "diffalign.scorers.hpsv3:HPSv3",
     "pickscore": "diffalign.scorers.clip:PickScore",
     "imagereward": "diffalign.scorers.blip:ImageReward",
     "cyclereward": "diffalign.scorers.blip:CycleReward",
@@ -24,6 +27,8 @@ SCORERS = {
     "aesthetic-v2.5": "diffalign.scorers.aesthetic:AestheticV25",
     "clip-i": "diffalign.scorers.subject:ClipI",
     "dino": "diffalign.scorers.subject:Dino",
+    "harmonic": "diffalign.scorers.harmonic:Harmonic",
+    "lpips": "diffalign.scorers.lpips:LPIPS",
     "safety": "diffalign.scorers.safety:SafetyChecker",
     "nsfw": "diffalign.scorers.safety:NSFW",
     "q16": "diffalign.scorers.safety:Q16",
@@ -34,10 +39,23 @@ SCORERS = {
 }
 
 
+def table() -> dict[str, str]:
+    """``SCORERS``, and what other packages offer as entry points of the group ``diffalign.scorers``; our names win."""
+    return {**{e.name: e.value for e in entry_points(group="diffalign.scorers")}, **SCORERS}
+
+
 def scorer_class(name: str) -> Any:
-    """The class behind a name of the table."""
-    module, _, cls = SCORERS[name].partition(":")
-    return getattr(importlib.import_module(module), cls)
+    """The class behind a name of the table; of another package it may be a callable as well."""
+    module, _, cls = table()[name].partition(":")
+    try:
+        return getattr(importlib.import_module(module), cls)
+    except (ImportError, AttributeError) as e:
+        raise ConfigError(f"cannot import the scorer {name} ({table()[name]}): {e}") from e
+
+
+def card_of(name: str) -> Card | None:
+    """The card of a name of the table, if it has both."""
+    return getattr(scorer_class(name), "card", None) if name in table() else None
 
 
 __all__ = [
@@ -49,7 +67,9 @@ __all__ = [
     "ScoreInput",
     "Scorer",
     "Weight",
+    "card_of",
     "import_object",
     "import_scorer",
     "scorer_class",
+    "table",
 ]

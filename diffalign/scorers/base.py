@@ -25,6 +25,8 @@ class ScoreInput:
     prompts: Sequence[str]
     references: Sequence[Sequence[Image.Image]] | None = None
     metadata: Sequence[Mapping[str, Any]] | None = None
+    features: Tensor | None = None
+    """(B, D) of the encoder of the scorer that is asked, where they are known from before; the images are not looked at."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -82,8 +84,9 @@ class Card:
     citation: str
     licence: str
     weights: tuple[Weight, ...] = ()
-    geometry: Literal["crop", "pad", "squash", "native"] = "native"
-    """crop: shortest side, then the centre. pad: longest side, then black. squash: both sides. native: as it is."""
+    geometry: Literal["crop", "pad", "squash", "area", "native"] = "native"
+    """crop: shortest side, then the centre. pad: longest side, then black. squash: both sides. area: nearly as it is, of
+    ``size`` squared pixels. native: as it is."""
     size: int | None = None
     max_tokens: int | None = None
     needs: frozenset[str] = frozenset({"images", "prompts"})
@@ -150,7 +153,9 @@ class Reward:
     @torch.no_grad()
     def __call__(self, batch: ScoreInput) -> ScoreBatch:
         require(self.card, batch)
-        values = self.head(self.encoder.images(batch.images), batch.prompts)
+        known = batch.features
+        features = self.encoder.images(batch.images) if known is None else known.to(self.encoder.device)
+        values = self.head(features, batch.prompts)
         return scored(self.name, values, self.truncated(batch.prompts))
 
     def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -20,11 +20,21 @@ from diffalign.scorers.weights import load_pretrained
 class Encoder:
     """An image tower and its preprocessing. The features of the last pictures are kept for the next scorer."""
 
+    source: Path | None = None
+    """The file or folder of the weights, where they hold nothing else."""
+
     def __init__(self, net: nn.Module, preprocess: Preprocess, device: str) -> None:
         self.net: Any = net.eval().requires_grad_(False).to(device)
-        self.preprocess, self.device = preprocess, device
+        self.preprocess, self.device, self._home = preprocess, device, device
         self._seen: tuple[Image.Image, ...] = ()
         self._kept = torch.empty(0)
+
+    def move(self, away: bool) -> None:
+        """To main memory, or back to its device."""
+        device = "cpu" if away else self._home
+        if device != self.device:
+            self.net.to(device)
+            self.device = device
 
     def features(self, x: Tensor) -> Tensor:
         """Features fp32 of preprocessed pixels (B, 3, S, S); (B, D) where nothing else is said."""
@@ -32,9 +42,16 @@ class Encoder:
 
     def images(self, images: Sequence[Image.Image]) -> Tensor:
         """Features of pictures by the exact path, without gradients."""
-        if len(images) != len(self._seen) or any(a is not b for a, b in zip(images, self._seen, strict=True)):
-            self._kept, self._seen = self.look(images), tuple(images)
-        return self._kept
+        found = self.seen(images)
+        if found is None:
+            found = self._kept = self.look(images)
+            self._seen = tuple(images)
+        return found
+
+    def seen(self, images: Sequence[Image.Image]) -> Tensor | None:
+        """The features of these very pictures, if they were the last ones."""
+        same = len(images) == len(self._seen) and all(a is b for a, b in zip(images, self._seen, strict=True))
+        return self._kept if same else None
 
     @torch.no_grad()  # not inference_mode: its tensors could not meet gradients later
     def look(self, images: Sequence[Image.Image]) -> Tensor:
@@ -185,6 +202,7 @@ def shared(make: Callable[..., E], folder: Path, device: str) -> E:
     found = _alive.get(key)
     if found is None:
         found = _alive[key] = make(folder, device)
+        found.source = key[1]
     return found  # type: ignore[return-value]
 
 

@@ -105,9 +105,17 @@ class GenEval:
 
     def __call__(self, batch: ScoreInput) -> ScoreBatch:
         if batch.metadata is None and self.row_of is not None:
-            batch = ScoreInput(batch.images, batch.prompts, metadata=[self.row_of(p) for p in batch.prompts])
+            batch = ScoreInput(batch.images, batch.prompts, metadata=[{}] * len(batch))
         require(self.card, batch)
+        rows = [self._row(prompt, said) for prompt, said in zip(batch.prompts, batch.metadata or (), strict=True)]
         seen = self.detector(batch.images)
-        verdicts = [evaluate(found, row) for found, row in zip(seen, batch.metadata or (), strict=True)]
+        none = (torch.nan, torch.nan)
+        verdicts = [none if row is None else evaluate(found, row) for found, row in zip(seen, rows, strict=True)]
         strict, soft = torch.tensor(verdicts, dtype=torch.float32).view(-1, 2).T
-        return ScoreBatch({"geneval": strict, "geneval_soft": soft})
+        errors = ["nothing says what must be there: no include" if row is None else None for row in rows]
+        return ScoreBatch({"geneval": strict, "geneval_soft": soft}, errors)
+
+    def _row(self, prompt: str, said: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        if said.get("include"):
+            return said
+        return self.row_of(prompt) if self.row_of is not None else None

@@ -144,7 +144,7 @@ class MPS(Reward):
         },
     }
     heads: ClassVar[int] = 16
-    condition: ClassVar[str] = OVERALL
+    condition: str = OVERALL
     card: ClassVar[Card] = Card(
         name="mps",
         summary="exp(logit_scale) cos(text, image fused with the prompt tokens that match the condition), overall",
@@ -177,8 +177,11 @@ class MPS(Reward):
         state = stripped(state, "mps.")
         return {k.replace(".fn.", "."): v for k, v in state.items() if not k.endswith("position_ids")}
 
-    def __init__(self, path: Path, tokenizer: Path, device: str = "cpu") -> None:
+    def __init__(self, path: Path, tokenizer: Path, device: str = "cpu", condition: str | None = None) -> None:
+        """``condition`` are the words of another dimension; the published weights are those of ``OVERALL``."""
         from transformers import AutoTokenizer
+
+        self.condition = condition or type(self).condition
 
         found = choose(path, *self.card.weights[0].files)
         net = self.network()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from diffalign.errors import ModelError
+from diffalign.errors import DataError, ModelError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -32,7 +33,7 @@ class Preprocess:
     """
 
     size: int = 224
-    geometry: Literal["crop", "pad", "squash"] = "crop"
+    geometry: Literal["crop", "pad", "squash", "area"] = "crop"
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
     edge: int | None = None
@@ -45,7 +46,7 @@ class Preprocess:
 
     def exact(self, images: Sequence[Image.Image]) -> Tensor:
         """(B, 3, S, S) of pictures of any sizes."""
-        return torch.stack([self._one(image) for image in images])
+        return torch.stack([self.one(image) for image in images])
 
     def smooth(self, x: Tensor) -> Tensor:
         """(B, 3, S, S) of pixels (B, 3, H, W) in [0, 1], with gradients."""
@@ -69,6 +70,8 @@ class Preprocess:
         """(H, W) after the resize, rounded as the published code of each geometry rounds."""
         if self.geometry == "squash":
             return self.size, self.size
+        if self.geometry == "area":
+            return _about(self.size**2, height, width)
         if self.geometry == "pad":
             scale = self.size / max(height, width)
             return max(1, round(height * scale)), max(1, round(width * scale))
@@ -77,7 +80,8 @@ class Preprocess:
             return edge, int(edge * width / height)
         return int(edge * height / width), edge
 
-    def _one(self, image: Image.Image) -> Tensor:
+    def one(self, image: Image.Image) -> Tensor:
+        """(3, S, S) of a picture; (3, H, W) where the geometry is ``area``."""
         if not self.eight_bit:
             return self.smooth(as_tensor(image)[None].float() / 255)[0]
         image = ImageOps.exif_transpose(image).convert("RGB")
@@ -89,6 +93,8 @@ class Preprocess:
     def _fit(self, x: Tensor) -> Tensor:
         """Cut or pad with black to (..., S, S) about the centre."""
         height, width = x.shape[-2:]
+        if self.geometry == "area":
+            return x
         if self.geometry == "pad":
             top, left = (self.size - height) // 2, (self.size - width) // 2
             return torch.nn.functional.pad(x, (left, self.size - width - left, top, self.size - height - top))
@@ -99,6 +105,29 @@ class Preprocess:
     def _normalise(self, x: Tensor) -> Tensor:
         mean, std = (torch.tensor(v, dtype=x.dtype, device=x.device).view(3, 1, 1) for v in (self.mean, self.std))
         return (x - mean) / std
+
+
+GRID = 28
+"""Qwen2-VL's patches of 14 pixels, of which 2 x 2 are merged."""
+
+
+def _about(area: int, height: int, width: int) -> tuple[int, int]:
+    """Multiples of 28 of nearly the same shape whose product is ``area`` at most, as Qwen2-VL resizes when its smallest and
+    its largest area are the same.
+
+    Raises:
+        DataError: the longer side is more than 200 times the shorter one.
+    """
+    if max(height, width) > 200 * min(height, width):
+        raise DataError(f"a picture of {width} x {height} is too long for this scorer")
+    new = tuple(max(GRID, round(n / GRID) * GRID) for n in (height, width))
+    if new[0] * new[1] > area:  # divided here and multiplied below, as there: a whole quotient is floored
+        scale = math.sqrt(height * width / area)
+        new = tuple(max(GRID, math.floor(n / scale / GRID) * GRID) for n in (height, width))
+    elif new[0] * new[1] < area:
+        scale = math.sqrt(area / (height * width))
+        new = tuple(math.ceil(n * scale / GRID) * GRID for n in (height, width))
+    return new[0], new[1]
 
 
 def of_folder(folder: Path, side: int, centre: Literal["round", "floor"]) -> Preprocess:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from diffalign.shapes.assets import asset
 from diffalign.shapes.judge import Blob, Images, Sight, as_array, compare
 from diffalign.shapes.render import SIDE
@@ -51,18 +53,26 @@ def network(width: int = 48) -> nn.Module:
         def forward(self, x: Tensor) -> dict[str, Tensor]:
             near = self.body(x - 0.5)
             far = self.deep(near)
-            heat = self.heat(near).flatten(2)
-            place = heat.softmax(-1)
-            grid = (torch.arange(16, device=x.device, dtype=x.dtype) + 0.5) * (SIDE / 16)
-            at = place.unflatten(2, (16, 16))
+            heat = self.heat(near)
             mean, most = far.mean((2, 3)), far.amax((2, 3))
             return {
-                "present": heat.amax(-1),
+                "heat": heat,
+                "near": near,
+                "present": heat.amax((2, 3)),
+                **self.thing(heat, near),
+                "background": self.background(mean),
+                "count": self.count(torch.cat([mean, most], 1)),
+            }
+
+        def thing(self, heat: Tensor, near: Tensor) -> dict[str, Tensor]:
+            """Where the heat (B, C, 16, 16) points, and the shape there."""
+            place = heat.flatten(2).softmax(-1)
+            grid = (torch.arange(16, device=heat.device, dtype=heat.dtype) + 0.5) * (SIDE / 16)
+            at = place.view_as(heat)
+            return {
                 "x": (at.sum(2) * grid).sum(-1),
                 "y": (at.sum(3) * grid).sum(-1),
                 "shape": self.shape(place @ near.flatten(2).transpose(1, 2)),
-                "background": self.background(mean),
-                "count": self.count(torch.cat([mean, most], 1)),
             }
 
     return Reader()
@@ -81,6 +91,7 @@ def _reader() -> Any:
 def look(images: Images, batch: int = 500) -> list[Sight]:
     """What the network sees in each picture of 32 x 32; an object that it counts but cannot name has no colour or shape."""
     import torch
+    from scipy import ndimage
 
     backgrounds, colours = list(BACKGROUNDS), list(COLOURS)
     x = torch.from_numpy(as_array(images)).permute(0, 3, 1, 2)
@@ -91,9 +102,15 @@ def look(images: Images, batch: int = 500) -> list[Sight]:
         for i in range(len(part)):
             blobs = []
             for c in (out["present"][i] > 0).nonzero().flatten().tolist():
-                s = int(out["shape"][i, c].argmax())
-                where = float(out["x"][i, c]), float(out["y"][i, c])
-                blobs.append(Blob(colours[c], SHAPES[s] if s < len(SHAPES) else None, *where, 0.0, (0.0, 0.0, 0.0), 0.0))
+                # two things of one colour are two islands of its heat
+                islands, count = ndimage.label((out["heat"][i, c] > 0).numpy(), np.ones((3, 3)))
+                for n in range(1, count + 1):
+                    island = torch.from_numpy(islands == n)
+                    with torch.no_grad():
+                        heat = out["heat"][i, c].masked_fill(~island, float("-inf"))
+                        seen = _reader().thing(heat[None, None], out["near"][i : i + 1])
+                    s, where = int(seen["shape"].argmax()), (float(seen["x"]), float(seen["y"]))
+                    blobs.append(Blob(colours[c], SHAPES[s] if s < len(SHAPES) else None, *where, 0.0, (0.0, 0.0, 0.0), 0.0))
             unnamed = int(out["count"][i].argmax()) - len(blobs)
             blobs += [Blob(None, None, SIDE / 2, SIDE / 2, 0.0, (0.0, 0.0, 0.0), 0.0)] * unnamed
             sights.append(Sight(backgrounds[int(out["background"][i].argmax())], tuple(blobs), float("nan")))

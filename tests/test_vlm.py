@@ -1,0 +1,250 @@
+"""Vision-language judges against an endpoint of our own that answers as it is told."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import picture
+from PIL import Image
+
+from diffalign.errors import ConfigError
+from diffalign.scorers import ScoreInput
+from diffalign.scorers.http import Address
+from diffalign.scorers.vlm import Endpoint, Pairwise, Pointwise, VQAScore, image_1_or_2
+from diffalign.scoring import identify, make_scorer
+
+
+class Fake(ThreadingHTTPServer):
+    """``answer(pictures, text)`` gives a choice, or a status."""
+
+    daemon_threads = True
+    answer: Callable[[list[Image.Image], str], Any]
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+        super().__init__(("127.0.0.1", 0), FakeHandler)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class FakeHandler(BaseHTTPRequestHandler):
+    server: Fake
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append({**body, "path": self.path, "key": self.headers["Authorization"]})
+        *images, text = body["messages"][0]["content"]
+        urls = [i["image_url"]["url"].partition("base64,")[2] for i in images]
+        found = self.server.answer([Image.open(io.BytesIO(base64.b64decode(u))) for u in urls], text["text"])
+        self.send_response(found if isinstance(found, int) else 200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"choices": [] if isinstance(found, int) else [found]}).encode())
+
+    def log_message(self, format: str, *args: Any) -> None: ...
+
+
+@pytest.fixture
+def fake() -> Iterator[Fake]:
+    with Fake() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def said(text: str) -> dict[str, Any]:
+    return {"message": {"content": text}}
+
+
+def likely(**words: float) -> dict[str, Any]:
+    top = [{"token": w.replace("_", " "), "logprob": math.log(p)} for w, p in words.items()]
+    return {"message": {"content": "x"}, "logprobs": {"content": [{"top_logprobs": top}]}}
+
+
+def scores(scorer: Any, *prompts: str) -> tuple[list[float], list[str | None]]:
+    found = scorer(ScoreInput([picture(i) for i in range(len(prompts))], prompts))
+    (values,) = found.values.values()
+    return values.tolist(), found.errors
+
+
+def test_vqascore_is_the_share_of_yes(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {
+        "a": likely(Yes=0.5, _yes=0.1, No=0.2, Maybe=0.1),
+        "b": likely(no=0.9),
+        "c": likely(Perhaps=0.9),
+        "d": said("Yes"),
+    }
+    fake.answer = lambda images, text: answers[text.partition('"')[2][0]]
+    monkeypatch.setenv("DIFFALIGN_VLM_KEY", "k")
+    scorer = make_scorer(f"vlm:{fake.url},some/model")
+    values, errors = scores(scorer, "a", "b", "c", "d")
+    assert values[:2] == [pytest.approx(0.75), 0]
+    assert all(math.isnan(v) for v in values[2:])
+    assert errors == [None, None, "neither yes nor no among ['Perhaps']", "the endpoint gave no log-probabilities"]
+    first = fake.asked[0]
+    assert (first["model"], first["temperature"], first["max_tokens"], first["logprobs"]) == ("some/model", 0, 1, True)
+    assert (first["path"], first["key"]) == ("/v1/chat/completions", "Bearer k")
+
+
+def test_the_model_sees_the_very_pixels_in_order(fake: Fake) -> None:
+    seen: dict[str, bytes] = {}
+
+    def answer(images: list[Image.Image], text: str) -> dict[str, Any]:
+        seen[text] = images[0].tobytes()
+        return likely(yes=1.0)
+
+    fake.answer = answer
+    scores(VQAScore(Endpoint(Address(fake.url), "m"), "{prompt}"), "{0}", "p1", "p2")
+    assert seen == {p: picture(i).tobytes() for i, p in enumerate(["{0}", "p1", "p2"])}
+
+
+@pytest.mark.parametrize(
+    ("answer", "value"),
+    [("7", 7), ("7.5.", 7.5), (" 10/10 ", 10), ("11", None), ("7 of 10", None), ("", None), ("-1", None), ("nan", None)],
+)
+def test_ratings_are_numbers_or_nothing(fake: Fake, answer: str, value: float | None) -> None:
+    fake.answer = lambda images, text: said(answer)
+    values, errors = scores(make_scorer(f"vlm-rating:{fake.url},m"), "p")
+    assert (errors[0] is None) == (value is not None)
+    assert values[0] == value if value is not None else math.isnan(values[0])
+
+
+def test_a_taste_for_the_first_place_cancels_out(fake: Fake) -> None:
+    judge = Pairwise(Endpoint(Address(fake.url), "m"))
+    fake.answer = lambda images, text: said("First.")
+    assert judge([picture(0)], [picture(1)], ["p"])[0].tolist() == [0.5]
+
+    def larger(images: list[Image.Image], text: str) -> dict[str, Any]:
+        return said("first" if images[0].width > images[1].width else "second")
+
+    fake.answer = larger
+    values, errors = judge([picture(0, 48), picture(0, 16)], [picture(1), picture(1)], ["p", "q"])
+    assert values.tolist() == [1, 0]
+    assert errors == [None, None]
+    fake.answer = lambda images, text: said("the first, I think")
+    values, errors = judge([picture(0)], [picture(1)], ["p"])
+    assert torch.isnan(values).all()
+    assert "neither first nor second" in str(errors[0])
+
+
+@pytest.mark.parametrize(
+    ("answer", "value"),
+    [
+        ("It is sharp.\nFinal Score: 4.5", 4.5),
+        ("**Final Score:** 3", 3),
+        ("Final Score: 7", None),
+        ("Final Score: 2 Final Score: 3", None),
+        ("4", None),
+    ],
+)
+def test_final_scores_are_read_or_null(fake: Fake, answer: str, value: float | None) -> None:
+    fake.answer = lambda images, text: said(answer)
+    values, errors = scores(make_scorer(f"unifiedreward:{fake.url},m"), "p")
+    assert (errors[0] is None) == (value is not None)
+    assert values[0] == value if value is not None else math.isnan(values[0])
+
+
+def test_verdicts_of_unifiedreward(fake: Fake) -> None:
+    judge = Pairwise(Endpoint(Address(fake.url), "m"), "{prompt}", image_1_or_2, 64)
+    for answer, value in {"Image 1 is better.": 0.5, "Both images are equally good": 0.5}.items():
+        fake.answer = lambda images, text, answer=answer: said(answer)
+        assert judge([picture(0)], [picture(1)], ["p"])[0].tolist() == [value]  # the same in both orders
+    fake.answer = lambda images, text: said(f"Image {1 if images[0].width > images[1].width else 2} is better")
+    assert judge([picture(0, 48)], [picture(1, 16)], ["p"])[0].tolist() == [1]
+    fake.answer = lambda images, text: said("I cannot say")
+    assert "no verdict" in str(judge([picture(0)], [picture(1)], ["p"])[1][0])
+
+
+def test_questions_of_a_suite(fake: Fake) -> None:
+    """A question whose parent is answered no is not asked, and counts as no."""
+    asked: list[str] = []
+    fake.answer = lambda images, text: asked.append(text) or (likely(yes=0.9) if "circle" in text else likely(no=0.9))
+    scorer = make_scorer(f"vlm-questions:{fake.url},m")
+    questions = [
+        {"text": "Is there a circle?", "parents": [], "dimension": "Entity"},
+        {"text": "Is it red?", "parents": [0], "dimension": "Color"},
+        {"text": "Is the circle darker than red?", "parents": [0, 1], "dimension": "Color"},
+        {"text": "Is it a circle?", "parents": [0]},
+    ]
+    batch = ScoreInput([picture(0), picture(1)], ["p", "q"], metadata=[{"questions": questions}, {}])
+    found = scorer(batch)
+    assert found.values["vlm-questions"].tolist()[0] == 0.5
+    assert (found.values["Entity"][0], found.values["Color"][0]) == (1, 0)
+    assert found.errors == [None, "nothing says what to ask: no questions"]
+    assert found.partial == {"Entity", "Color"}
+    assert [t.split("?")[0] for t in asked] == ["Is there a circle", "Is it red", "Is it a circle"]
+
+
+def test_a_weighted_checklist(fake: Fake, tmp_path: Path) -> None:
+    """Yes is +1, no is -1, what a mask hides is 0, a probability is itself."""
+    fake.answer = lambda images, text: likely(yes=0.8, no=0.2) if "sky" in text else likely(no=0.7, yes=0.3)
+    rows = [
+        {"text": "A sky?", "weight": 2.0},
+        {"text": "B?", "weight": 0.5},
+        {"text": "is B there?", "weight": 0},
+        {"text": "sky of B?", "weight": 100, "parents": [2]},
+        {"text": 'sky "{prompt}"?', "weight": 10, "probability": True},
+    ]
+    (tmp_path / "q.json").write_text(json.dumps(rows))
+    scorer = make_scorer(f"vlm-checklist:{fake.url},m,{tmp_path}/q.json")
+    values, errors = scores(scorer, "it")
+    assert errors == [None]
+    assert values == [pytest.approx(2 - 0.5 + 10 * 0.8)]
+    assert any('sky "it"?' in str(a) for a in (r["messages"][0]["content"][-1]["text"] for r in fake.asked))
+    (tmp_path / "q.json").write_text('[{"text": "x"}]')
+    with pytest.raises(ConfigError, match="not a list of questions"):
+        make_scorer(f"vlm-checklist:{fake.url},m,{tmp_path}/q.json")
+
+
+def test_failures_are_tried_again_and_then_null(fake: Fake) -> None:
+    answers: list[Any] = [503, 429, likely(yes=1.0)]
+    fake.answer = lambda images, text: answers.pop(0)
+    assert scores(VQAScore(Endpoint(Address(fake.url, pause=0), "m")), "p") == ([1], [None])
+    answers[:] = [400, likely(yes=1.0)]
+    assert "answered 400" in str(scores(VQAScore(Endpoint(Address(fake.url, pause=0), "m")), "p")[1][0])
+    assert len(answers) == 1  # asking again would not help
+    fake.answer = lambda images, text: time.sleep(2) or likely(yes=1.0)
+    began = time.monotonic()
+    assert scores(VQAScore(Endpoint(Address(fake.url, timeout=0.2, attempts=2, pause=0), "m")), "p")[1] == [
+        "no answer within 0.2 s"
+    ]
+    assert time.monotonic() - began < 1.9
+
+
+def test_model_and_template_are_the_version(fake: Fake) -> None:
+    def mark(model: str, template: str | None = None) -> str:
+        return identify("vlm:x", VQAScore(Endpoint(Address(fake.url), model), template)).version
+
+    assert len({mark("a"), mark("b"), mark("a", "{prompt}?")}) == 3
+    assert mark("a") == mark("a")
+    assert Pointwise(Endpoint(Address(fake.url), "a")).version != mark("a")
+
+
+def test_a_template_comes_from_a_file(fake: Fake, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("Is {prompt} there?\n")
+    asked: list[str] = []
+    fake.answer = lambda images, text: asked.append(text) or likely(yes=1.0)
+    scores(make_scorer(f"vlm:{fake.url},m,{tmp_path}/t.txt"), "it")
+    assert asked == ["Is it there?"]
+    with pytest.raises(ConfigError, match="cannot read the template"):
+        make_scorer(f"vlm:{fake.url},m,{tmp_path}/none.txt")
+
+
+def test_what_cannot_be_a_judge_is_refused() -> None:
+    for name in ("vlm:x,m", "vlm:http://x", "vlm"):
+        with pytest.raises(ConfigError, match=r"address|vlm:"):
+            make_scorer(name)
+    with pytest.raises(ConfigError, match=r"no \{prompt\}"):
+        VQAScore(Endpoint(Address("http://x"), "m"), "is it good?")
