@@ -44,14 +44,13 @@ class Row:
     rounds: int = 1
     """Rounds of training, each on fresh pairs from the round before."""
     scorers: tuple[str, ...] = ("shapes", "taste:size")
-    guidance: float | None = None
-    """Sampled at this guidance instead of the main job's; the weights are those of the row ``same_weights_as``."""
-    same_weights_as: str = ""
 
 
 # the best of its own trials on select; DPO was best with times drawn from the whole path
 SFT = ("objective.type=sft", "timesteps.type=uniform", "timesteps.low=0.4")
 ANY = {"type": "best_worst"}  # no least margin: values of another scale
+# sampled as the main job samples; to imitate them is to distil the guidance
+GUIDED = {"sampling": {"num_inference_steps": 10, "guidance_scale": 1.6, "batch_size": 100}}
 ROWS: dict[str, Row] = {
     "dpo-lora": Row("Diffusion-DPO, LoRA, judge's labels"),
     "sft-winners": Row("SFT on the winners (control)", SFT),
@@ -66,12 +65,13 @@ ROWS: dict[str, Row] = {
         "Diffusion-DPO, LoRA, a taste for size",
         pairs={"scorers": ["taste:size"], "reward": {"taste_size": 1.0}, "num_prompts": 500, "rule": ANY},
     ),
-    "dpo-more": Row("Diffusion-DPO, LoRA, twice the pairs and steps", ("train.max_steps=800",), pairs={"num_prompts": 4800}),
+    "dpo-more": Row("Diffusion-DPO, LoRA, twice the pairs and steps", ("train.max_steps=800",), pairs={"num_prompts": 3200}),
     "dpo-rounds": Row(
         "Diffusion-DPO, LoRA, three rounds of fresh pairs, 133 steps each", ("train.max_steps=133",),
         pairs={"num_prompts": 530}, rounds=3,
     ),
-    "dpo-guided": Row("Diffusion-DPO, LoRA, sampled at guidance 4", guidance=4.0, same_weights_as="dpo-lora"),
+    "sft-guided": Row("SFT on the winners of guided pairs", SFT, pairs=GUIDED),
+    "dpo-guided": Row("Diffusion-DPO, LoRA, on the same guided pairs", pairs=GUIDED),
 }  # fmt: skip
 CONTROLS = {
     "base": "the base",
@@ -126,14 +126,10 @@ def run_row(name: str, seed: int) -> dict[str, Any]:
     from diffalign.train.tracking import read_metrics
 
     row = ROWS[name]
-    if row.same_weights_as:
-        trained = json.loads((RESULTS / f"{row.same_weights_as}-{seed}.json").read_text())
-        cost = {k: trained[k] for k in COST if k in trained}
-        return measured(name, WORK / f"{row.same_weights_as}-{seed}", "shapes:test", guidance=row.guidance) | cost
     folder, seconds, passes, generated = WORK / f"{name}-{seed}", 0.0, 0, 0
     previous: Path | None = None
     for n in range(row.rounds):
-        data = pairs_for(name, row, seed, n, previous)
+        data = pairs_for(row, n, previous)
         generated += data[1]
         out = folder if row.rounds == 1 else folder / f"round-{n}"
         extra = [f"data.path={data[0]}", f"train.seed={seed}", "evaluate.enabled=false"]
@@ -152,7 +148,7 @@ def run_row(name: str, seed: int) -> dict[str, Any]:
     }
 
 
-def pairs_for(name: str, row: Row, seed: int, n: int, previous: Path | None) -> tuple[str, int]:
+def pairs_for(row: Row, n: int, previous: Path | None) -> tuple[str, int]:
     """The pairs of a round, made where they are missing, and how many images that took."""
     from diffalign.recipes import PairsConfig, make_pairs
     from diffalign.spec import validate
@@ -162,11 +158,12 @@ def pairs_for(name: str, row: Row, seed: int, n: int, previous: Path | None) -> 
 
     if not row.pairs:
         return "shapes-pairs", PAIRS["num_prompts"] * PAIRS["images_per_prompt"]
-    # fixed sets are shared by the seeds; fresh ones come from the seed's own model
-    folder = WORK / (f"pairs-{name}" if row.rounds == 1 else f"pairs-{name}-{seed}-{n}")
-    settings = {**PAIRS, "seed": 7 + 100 * n, **row.pairs, "output_dir": str(folder)}
+    settings = {**PAIRS, "seed": 7 + 100 * n, **row.pairs}
     if previous is not None:
         settings |= {"adapter": str(previous), "model": {"path": "shapes-unet", "lora": lora_spec()}}
+    # rows and seeds that ask for the same pairs share them; fresh ones come from the seed's own model
+    folder = WORK / f"pairs-{digest(json.dumps(settings).replace(str(WORK), '').encode())}"
+    settings["output_dir"] = str(folder)
     config = validate(PairsConfig, settings)
     make_pairs(config)
     return str(folder), config.num_prompts * config.images_per_prompt
@@ -229,7 +226,7 @@ def control(name: str) -> dict[str, Any]:
     from diffalign.train.evaluate import Evaluation, evaluate, score_images
 
     if name == "base-guided":
-        return measured(name, None, "shapes:test", guidance=ROWS["dpo-guided"].guidance)
+        return measured(name, None, "shapes:test", guidance=4.0)
     out = measured(name, None, "shapes:test") if name == "base" else {}
     config = load(TrainConfig, CONFIG, ["output_dir=unused"])
     model, said = build_model(config.model), prompts_of("shapes:test", PROMPTS, config.evaluate.seed)
@@ -258,7 +255,7 @@ def trial(name: str, overrides: Sequence[str]) -> None:
     """One setting on the select split; every trial is counted."""
     row = ROWS[name]
     folder = WORK / "trials" / digest(" ".join([name, *overrides]).encode())
-    data, _ = pairs_for(name, row, 0, 0, None)
+    data, _ = pairs_for(row, 0, None)
     shutil.rmtree(folder, ignore_errors=True)
     metrics = train_once([*row.overrides, f"data.path={data}", "train.seed=0", "evaluate.enabled=false", *overrides], folder)
     found = measured(name, folder, "shapes:select", 256)
