@@ -22,7 +22,7 @@ from diffalign.errors import ConfigError, DataError
 from diffalign.hub import cache_dir, licence, resolve
 from diffalign.models import Format, LoRA, Model, ModelSpec, load_model
 from diffalign.objectives import OBJECTIVES, Objective, Total
-from diffalign.pairs import PAIR_RULES, BestWorst, PairRule
+from diffalign.pairs import PAIR_RULES, BestWorst, Group, PairRule
 from diffalign.sampling import Item, Sampler, sample
 from diffalign.scorers import card_of, table
 from diffalign.scoring import device, make_scorers, quiet
@@ -652,7 +652,7 @@ def make_pairs(config: PairsConfig) -> Path:
         rows: dict[str, list[dict[str, Any]]] = {"images": [], "scores": [], "pairs": []}
         for i, prompt in enumerate(mine):
             ids: dict[int, str] = {}
-            for preference in config.rule(reward[i].tolist()):
+            for preference in config.rule(Group(reward[i].tolist(), {n: v[i].tolist() for n, v in values.items()})):
                 for j in (preference.chosen, preference.rejected):
                     if j in ids:
                         continue
