@@ -216,13 +216,14 @@ def config() -> None:
 def _config_class(kind: str) -> Any:
     from diffalign import recipes
     from diffalign.cells import ScoreConfig
+    from diffalign.importing import ImportConfig
     from diffalign.selection import SelectConfig
 
-    known = {"train": recipes.TrainConfig, "generate": recipes.GenerateConfig, "score": ScoreConfig, "pairs": SelectConfig}
-    return known[kind]
+    ours = {"score": ScoreConfig, "pairs": SelectConfig, "import": ImportConfig}
+    return {"train": recipes.TrainConfig, "generate": recipes.GenerateConfig, **ours}[kind]
 
 
-KINDS = ["train", "generate", "score", "pairs"]
+KINDS = ["train", "generate", "score", "pairs", "import"]
 KIND = click.option("--kind", type=click.Choice(KINDS), default="train", help="Which configuration.")
 
 
@@ -287,7 +288,7 @@ def config_diff(a: str, b: str, kind: str) -> None:
 
 
 @main.command("list")
-@click.argument("what", type=click.Choice(["models", "objectives", "scorers", "presets"]))
+@click.argument("what", type=click.Choice(["models", "objectives", "scorers", "presets", "rules", "formats"]))
 def list_(what: str) -> None:
     """Print what is built in."""
     from diffalign.recipes import catalogue

@@ -726,6 +726,13 @@ def catalogue(what: str) -> list[tuple[str, str]]:
                 ("http:URL", "a scorer of `diffalign serve`"),
                 ("pkg.mod:obj", "any callable f(images, prompts)"),
             ]
+        case "rules":
+            return [(name, (cls.__doc__ or "").strip().splitlines()[0]) for name, cls in PAIR_RULES.options.items()]
+        case "formats":
+            from diffalign.data.formats import LAYOUTS
+
+            found = [(name, (layout.read.__doc__ or "").strip().splitlines()[0]) for name, layout in LAYOUTS.items()]
+            return [*found, ("folders", "chosen/ and rejected/ with pictures of the same names, prompts in .txt files")]
         case "presets":
             heads = {n: p.read_text().splitlines()[0].removeprefix("# ") for n, p in shipped_configs().items()}
             return list(heads.items())

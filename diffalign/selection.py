@@ -290,7 +290,7 @@ class Selection:
                 "margins": [self._margins(p) for p in pairs], "rule": [dump(config.rule).strip()] * len(pairs),
                 "scores": [self.said] * len(pairs), "annotator": none, "user": none, "group": none, "source": none,
                 "weight": pa.array(weight, pa.float64()),
-                "bin": pa.array(place, pa.int64()),
+                "bin": pa.array(place, pa.int64()), "rejected_prompt": none,
             }
         )  # fmt: skip
 

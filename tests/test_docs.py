@@ -38,6 +38,10 @@ def stand_ins(line: str, tmp_path: Path, tiny: Path, pairs_csv: Path, finished: 
     if line.startswith("diffalign compare"):
         for name, folder in (("YOUR_IMAGES", "scored"), ("YOUR_OTHER_IMAGES", "other")):
             score(ScoreConfig(path=str(tmp_path / name), scorers=["compressibility"], output_dir=str(tmp_path / folder)))
+    for side in ("chosen", "rejected") if "YOUR_FOLDERS" in line else ():
+        (tmp_path / "YOUR_FOLDERS" / side).mkdir(parents=True)
+        picture(len(side)).save(tmp_path / "YOUR_FOLDERS" / side / "a.png")
+        (tmp_path / "YOUR_FOLDERS" / "a.txt").write_text("a red circle on a grey background")
     if "YOUR_SCORED" in line:
         for i, image in enumerate(sorted((tmp_path / "YOUR_IMAGES").glob("*.png"))):
             picture(i, 32 + 8 * i).save(image)  # of different sizes as JPEG

@@ -44,7 +44,7 @@ def schemas() -> dict[str, pa.Schema]:
         "pairs": [
             ("pair_id", s), ("prompt_id", s), ("prompt", s), ("chosen_id", s), ("rejected_id", s), ("p_win", f),
             ("margins", s), ("rule", s), ("scores", s), ("annotator", s), ("user", s), ("group", s), ("source", s),
-            ("weight", f), ("bin", i),
+            ("weight", f), ("bin", i), ("rejected_prompt", s),
         ],
         "groups": [
             ("group_id", s), ("prompt_id", s), ("prompt", s), ("image_ids", pa.list_(s)), ("rewards", pa.list_(f)),
@@ -137,6 +137,24 @@ def fingerprint(folder: Path, files: Sequence[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
+def fix_plan(folder: Path, table: str, plan: dict[str, Any]) -> None:
+    """Write the plan of a table into the manifest, or compare it with the one that is there.
+
+    Raises:
+        DataError: the folder holds the shards of another plan.
+    """
+    manifest = read_manifest(folder) or {"version": VERSION, "plans": {}}
+    old = manifest["plans"].get(table)
+    if old is not None and old != plan:
+        changed = [k for k in {**old, **plan} if old.get(k) != plan.get(k)]
+        raise DataError(
+            f"{folder} holds {table} of another plan (differs in {', '.join(changed)})", hint="choose another folder"
+        )
+    if old is None:
+        manifest["plans"][table] = plan
+        write_json(folder / "manifest.json", manifest)
+
+
 def run_shards(
     folder: Path,
     table: str,
@@ -153,16 +171,7 @@ def run_shards(
     Raises:
         DataError: the folder holds the shards of another plan.
     """
-    manifest = read_manifest(folder) or {"version": VERSION, "plans": {}}
-    old = manifest["plans"].get(table)
-    if old is not None and old != plan:
-        changed = [k for k in {**old, **plan} if old.get(k) != plan.get(k)]
-        raise DataError(
-            f"{folder} holds {table} of another plan (differs in {', '.join(changed)})", hint="choose another folder"
-        )
-    if old is None:
-        manifest["plans"][table] = plan
-        write_json(folder / "manifest.json", manifest)
+    fix_plan(folder, table, plan)
     missing = [n for n in range(rank, shards, world) if not shard_path(folder, table, n).exists()]
     for n in missing:
         made = make(n)
