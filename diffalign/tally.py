@@ -30,6 +30,7 @@ def summary(rows: Sequence[Scored]) -> dict[str, Any]:
         scorers[name] = {
             "values": len(values),
             "missing": sum(name in r.errors for r in rows),
+            "truncated": sum(name in r.truncated for r in rows),
             "mean": mean,
             "std": math.sqrt(math.fsum((v - mean) ** 2 for v in values) / len(values)) if mean is not None else None,
         }
@@ -52,7 +53,8 @@ def summary_lines(said: dict[str, Any]) -> list[str]:
     out = []
     for name, s in said["scorers"].items():
         numbers = "no value" if s["mean"] is None else f"mean {s['mean']:.4f}, deviation {s['std']:.4f}, {s['values']} values"
-        out.append(f"{name}: {numbers}" + (f", {s['missing']} missing" if s["missing"] else ""))
+        missing = f", {s['missing']} missing" if s["missing"] else ""
+        out.append(f"{name}: {numbers}{missing}" + (f", {s['truncated']} with cut prompts" if s["truncated"] else ""))
     if said["unreadable"]:
         out.append(f"{said['unreadable']} of {said['images']} pictures could not be read")
     out += [f"  {count} x {reason}" for reason, count in said["reasons"].items()]
