@@ -194,8 +194,9 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--files", type=int, default=500)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
-    said: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    said: dict[str, Any] = json.loads(args.results.read_text()) if args.results.exists() else {}
     for part in args.parts or ["memory", "throughput"]:
         with tempfile.TemporaryDirectory() as folder:
             before = os.getloadavg()[0]
@@ -210,7 +211,7 @@ def main() -> None:
         print(
             "load {:.1f} before, {:.1f} after, on {cpus} CPUs, {threads} threads\n".format(*said[part]["load"], **said[part])
         )
-    RESULTS.write_text(json.dumps(said, indent=2) + "\n")
+    args.results.write_text(json.dumps(said, indent=2) + "\n")
 
 
 def throughput_lines(t: dict[str, Any]) -> list[str]:

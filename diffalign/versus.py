@@ -82,13 +82,12 @@ def _measured(name: str, pairs: Sequence[Pair], total: int, examples: int) -> di
     for pair in pairs:
         if category := pair[0].category or pair[1].category:
             categories[category].append(pair)
-    half = min(examples, len(ordered) // 2)
     return {
         **_estimates(name, pairs),
         "missing": total - len(pairs),
         "categories": {c: _estimates(name, found) for c, found in sorted(categories.items())},
-        "best": [_example(name, p) for p in ordered[: max(half, 1)]],
-        "worst": [_example(name, p) for p in ordered[len(ordered) - half :][::-1]],
+        "best": [_example(name, p) for p in ordered[:examples] if _gap(name, p) > 0],
+        "worst": [_example(name, p) for p in ordered[: -examples - 1 : -1] if _gap(name, p) < 0],
     }
 
 

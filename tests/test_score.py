@@ -45,6 +45,7 @@ from diffalign.spread import distances, diversity
 from diffalign.tally import summary
 from diffalign.versus import compare
 
+ROOT = Path(__file__).parents[1]
 PROMPT = "a red circle on a grey background"
 
 PLUGS = """
@@ -410,6 +411,19 @@ def test_a_failure_is_no_error_of_the_other_pictures(plugs, tmp_path: Path, monk
     assert all(not r.errors and r.values == {"two/x": 1, "two/y": 0} for r in rows.values())
 
 
+def test_failures_of_a_scorer_of_several_values_are_missing_in_each() -> None:
+    good = Scored("a", "1", "p", values={"s/x": 1.0, "s/y": 2.0})
+    bad = Scored("b", "2", "p", values={"s": None}, errors={"s": "no"})
+    said = summary([good, bad])["scorers"]
+    assert {name: (s["values"], s["missing"]) for name, s in said.items()} == {"s/x": (1, 1), "s/y": (1, 1)}
+
+
+def test_the_same_failure_has_the_same_reason(plugs, tmp_path: Path) -> None:
+    for n in range(3):
+        (tmp_path / f"{n}.png").write_text(f"no picture {n}")
+    assert list(run(tmp_path, tmp_path / "out", "plugs:brightness", prompt="p").errors.values()) == [3]
+
+
 @given(st.sets(st.integers(0, 12)), st.integers(1, 13))
 def test_isolation_by_halves_keeps_the_order(bad: set[int], count: int) -> None:
     def f(images, prompts):
@@ -767,7 +781,7 @@ def test_ranks_of_a_real_launch_share_nothing_but_the_folder(tmp_path: Path) -> 
     """Two processes of ``accelerate launch``: each picture is scored by one of them, without a process group."""
     (tmp_path / "plugs.py").write_text(RANKED)
     folder, out = folder_of(tmp_path / "in", 7), tmp_path / "out"
-    env = {**os.environ, "PYTHONPATH": f"{Path(__file__).parents[1]}{os.pathsep}{tmp_path}", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "OMP_NUM_THREADS": "1"}
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
@@ -926,6 +940,7 @@ def test_a_missing_value_is_left_out_not_lost(tmp_path: Path) -> None:
     b = scored_folder(tmp_path / "b", [("x", None, None, 2.0), ("y", None, None, None)])
     s = compare(a, b)["scorers"]["s"]
     assert (s["win_rate"]["value"], s["pairs"], s["missing"]) == (1, 1, 1)
+    assert ([e["prompt"] for e in s["best"]], s["worst"]) == (["x"], [])  # B loses nowhere
 
 
 def test_compare_refuses_what_does_not_match(tmp_path: Path) -> None:
@@ -936,6 +951,22 @@ def test_compare_refuses_what_does_not_match(tmp_path: Path) -> None:
         assert result.exit_code == 2
         assert said in result.output
     assert "no table" in cli("compare", str(a), str(tmp_path)).output
+
+
+# --- benchmarks ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_benchmarks_run_in_small(tmp_path: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    args = ["throughput", "memory", "--images=2", "--batch=2", "--turns=1", "--rows=96", "--files=3"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "scoring.py"), *args, f"--results={tmp_path / 'r.json'}"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads((tmp_path / "r.json").read_text())
+    assert said["memory"]["rows"] == 96
+    assert 0 < said["throughput"]["cpu"]["over_bare"][0] < 2
+    assert "96 rows of 3 files" in done.stdout
 
 
 # --- kills ----------------------------------------------------------------------------------------------------------
@@ -949,7 +980,7 @@ def test_kills_lose_no_finished_shard_and_repeat_nothing(tmp_path: Path) -> None
     log.touch()
     env = {
         **os.environ, "SCORE_LOG": str(log), "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{Path(__file__).parents[1]}{os.pathsep}{tmp_path}",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}",
     }  # fmt: skip
     command = [sys.executable, "-m", "diffalign", "score", f"path={folder}", "scorers=[plugs:slow]", f"output_dir={out}"]
     command += ["shard_size=4", "batch_size=2", "gallery=0"]
