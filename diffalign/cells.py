@@ -47,6 +47,8 @@ class ScoreConfig(Spec):
     """An evaluation suite, ``geneval:PATH``: its prompts by the names of pictures, its questions, categories and numbers."""
     image_root: str | None = None
     """The folder that paths in a table are relative to and may not leave; the table's own if not given."""
+    references: str | None = None
+    """Pictures that all are compared with, for ``clip-i``, ``dino``, ``harmonic`` and ``lpips``; written as ``path``."""
     limit: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=32, ge=1)
     shard_size: int = Field(default=1024, ge=1)
@@ -94,12 +96,25 @@ class Column:
 
     scorer: Scorer
     identity: Identity
+    references: Sequence[Image.Image] = ()
+    """What it compares with; they are part of its version."""
     embedder: str | None = None
     """The encoder whose embeddings say all that this scorer needs of a picture."""
 
     def key(self, item: Loaded) -> bytes:
         i = self.identity
         return cell(item.sha256, prompt_key(item.prompt), i.scorer, i.version, i.preprocess)
+
+    def compared(self, path: str | None) -> Column:
+        """The same with the reference pictures of ``path``, where the scorer needs them."""
+        if not self.needs("references"):
+            return self
+        if path is None:
+            raise ConfigError(f"the scorer {self.scorer.name} needs reference pictures", hint="references=FOLDER")
+        found = [(row.open(), row.id) for row in open_source(path).rows()]
+        mark = sha256("".join(sorted(sha256(data) for data, _ in found)).encode())[:12]
+        identity = replace(self.identity, version=f"{self.identity.version}-{mark}")
+        return replace(self, identity=identity, references=[decode(data, name) for data, name in found])
 
     def needs(self, part: str) -> bool:
         card = getattr(self.scorer, "card", None)
@@ -140,13 +155,13 @@ def score(config: ScoreConfig, rank: int = 0, world: int = 1) -> Filled:
 
     source = open_source(config.path, config.image_root)
     made = zip(config.scorers, make_scorers(config.scorers, away=config.offload), strict=True)
-    columns = [Column(s, identify(n, s), embedder(s) if config.embeddings else None) for n, s in made]
+    columns = [
+        Column(s, identify(n, s), embedder=embedder(s) if config.embeddings else None).compared(config.references)
+        for n, s in made
+    ]
     if config.offload:  # scorers of one encoder work one after the other
         order = [encoder_of(c) for c in columns]
         columns.sort(key=lambda c: order.index(encoder_of(c)))
-    for column in columns:
-        if column.needs("references"):
-            raise ConfigError(f"the scorer {column.scorer.name} needs reference pictures", hint="use it from Python")
     find = open_suite(config.suite).finder() if config.suite else None
     parts = _plan(config, source, columns)
     own_images = Path(config.path).resolve() == Path(config.output_dir).resolve()
@@ -285,7 +300,8 @@ def _ask(
 
     images: Any = [item.image for item in items]
     said = [{**item.row.said, "prompt": item.prompt} for item in items]
-    result = isolated(column.scorer, ScoreInput(images, [item.prompt or "" for item in items], None, said, features))
+    references = [column.references] * len(items) if column.references else None
+    result = isolated(column.scorer, ScoreInput(images, [item.prompt or "" for item in items], references, said, features))
     if column.embedder is not None and features is None:
         found = column.scorer.encoder.seen(images)  # type: ignore[attr-defined]
         for item, vector in zip(items, () if found is None else found.cpu().numpy(), strict=False):
@@ -330,9 +346,10 @@ def isolated(scorer: Scorer, batch: ScoreInput) -> ScoreBatch:
 def _part(batch: ScoreInput, s: slice) -> ScoreInput:
     from diffalign.scorers import ScoreInput
 
+    references = batch.references[s] if batch.references else None
     metadata = batch.metadata[s] if batch.metadata else None
     features = batch.features[s] if batch.features is not None else None
-    return ScoreInput(batch.images[s], batch.prompts[s], None, metadata, features)
+    return ScoreInput(batch.images[s], batch.prompts[s], references, metadata, features)
 
 
 def _score_row(

@@ -22,7 +22,7 @@ from diffalign.errors import ConfigError, DataError
 from diffalign.hub import cache_dir, licence, resolve
 from diffalign.models import Format, LoRA, Model, ModelSpec, load_model
 from diffalign.objectives import OBJECTIVES, Objective, Total
-from diffalign.pairs import PAIR_RULES, BestWorst, PairRule
+from diffalign.pairs import PAIR_RULES, BestWorst, Group, PairRule
 from diffalign.sampling import Item, Sampler, sample
 from diffalign.scorers import card_of, table
 from diffalign.scoring import device, make_scorers, quiet
@@ -652,7 +652,7 @@ def make_pairs(config: PairsConfig) -> Path:
         rows: dict[str, list[dict[str, Any]]] = {"images": [], "scores": [], "pairs": []}
         for i, prompt in enumerate(mine):
             ids: dict[int, str] = {}
-            for preference in config.rule(reward[i].tolist()):
+            for preference in config.rule(Group(reward[i].tolist(), {n: v[i].tolist() for n, v in values.items()})):
                 for j in (preference.chosen, preference.rejected):
                     if j in ids:
                         continue
@@ -726,6 +726,13 @@ def catalogue(what: str) -> list[tuple[str, str]]:
                 ("http:URL", "a scorer of `diffalign serve`"),
                 ("pkg.mod:obj", "any callable f(images, prompts)"),
             ]
+        case "rules":
+            return [(name, (cls.__doc__ or "").strip().splitlines()[0]) for name, cls in PAIR_RULES.options.items()]
+        case "formats":
+            from diffalign.data.formats import LAYOUTS
+
+            found = [(name, (layout.read.__doc__ or "").strip().splitlines()[0]) for name, layout in LAYOUTS.items()]
+            return [*found, ("folders", "chosen/ and rejected/ with pictures of the same names, prompts in .txt files")]
         case "presets":
             heads = {n: p.read_text().splitlines()[0].removeprefix("# ") for n, p in shipped_configs().items()}
             return list(heads.items())
