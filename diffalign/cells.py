@@ -26,7 +26,7 @@ from diffalign.suites import open_suite
 if TYPE_CHECKING:
     from PIL import Image
 
-    from diffalign.scorers import ScoreBatch, ScoreInput, Scorer
+    from diffalign.scorers import Scorer
 
 THREADS = 4  # decoding leaves Python's lock; more of them wait for the disk
 
@@ -296,7 +296,7 @@ def _ask(
     column: Column, items: Sequence[Loaded], features: Any, vectors: dict[tuple[str, str], Any]
 ) -> Iterator[dict[str, Any]]:
     """Rows of one scorer, from its pictures or from their ``features``."""
-    from diffalign.scorers import ScoreInput
+    from diffalign.scorers import ScoreInput, isolated
 
     images: Any = [item.image for item in items]
     said = [{**item.row.said, "prompt": item.prompt} for item in items]
@@ -312,44 +312,6 @@ def _ask(
                 yield _score_row(column, item, name, value, None, cut)
             elif name not in result.partial or error:
                 yield _score_row(column, item, name, None, error or f"{name} is nan")
-
-
-def isolated(scorer: Scorer, batch: ScoreInput) -> ScoreBatch:
-    """Score; where that fails, halve the batch until the failing pictures are alone with their reason.
-
-    Half a batch is also what a device needs that ran out of memory.
-    """
-    import torch
-
-    from diffalign.scorers import ScoreBatch
-
-    try:
-        found = scorer(batch)
-        errors = found.errors or [None] * len(batch)
-        values = {k: v.detach().float().cpu() for k, v in found.values.items()}
-        return ScoreBatch(values, errors, found.partial, found.truncated or [False] * len(batch))
-    except Exception as e:
-        if len(batch) == 1:
-            reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
-            return ScoreBatch({scorer.name: torch.tensor([torch.nan])}, [reason], truncated=[False])
-    middle = len(batch) // 2
-    a, b = (isolated(scorer, _part(batch, s)) for s in (slice(middle), slice(middle, None)))
-    values = {
-        name: torch.cat([half.values.get(name, torch.full((len(half.errors),), torch.nan)) for half in (a, b)])
-        for name in {**a.values, **b.values}
-    }
-    # a failing picture has a value under the scorer's own name alone: the others lack that one without being wrong
-    partial = a.partial | b.partial | (a.values.keys() ^ b.values.keys())
-    return ScoreBatch(values, a.errors + b.errors, partial, a.truncated + b.truncated)
-
-
-def _part(batch: ScoreInput, s: slice) -> ScoreInput:
-    from diffalign.scorers import ScoreInput
-
-    references = batch.references[s] if batch.references else None
-    metadata = batch.metadata[s] if batch.metadata else None
-    features = batch.features[s] if batch.features is not None else None
-    return ScoreInput(batch.images[s], batch.prompts[s], references, metadata, features)
 
 
 def _score_row(

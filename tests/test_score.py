@@ -31,7 +31,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from diffalign.cells import Filled, ScoreConfig, isolated, score
+from diffalign.cells import Filled, ScoreConfig, score
 from diffalign.cli import main
 from diffalign.data.duplicates import near
 from diffalign.data.images import encode_png, fingerprint
@@ -40,7 +40,7 @@ from diffalign.data.sources import Row, open_source
 from diffalign.data.tables import read_table, write_shard
 from diffalign.errors import ConfigError, DataError
 from diffalign.gallery import spearman, write_gallery
-from diffalign.scorers import Callback, Card, ScoreBatch, ScoreInput
+from diffalign.scorers import Callback, Card, ScoreBatch, ScoreInput, isolated
 from diffalign.scoring import make_scorer
 from diffalign.spread import distances, diversity
 from diffalign.tally import summary
