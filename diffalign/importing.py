@@ -233,25 +233,22 @@ class Importer:
                 found.append((one, a, b))
         unsafe, scores = self._gate(images, [k for _, a, b in found for k in (a, b)])
         notes["flagged"] = len(unsafe) if self.config.safety and self.config.safety.action == "flag" else 0
-        pairs: dict[str, dict[str, Any]] = {}
+        pairs: list[dict[str, Any]] = []
         for one, chosen, rejected in found:
             if not notes["flagged"] and unsafe & {chosen, rejected}:
                 dropped["below the safety floor"] += 1
                 continue
-            row = self._pair_row(one, chosen, rejected)
-            while row["pair_id"] in pairs:  # the same two pictures were compared again
-                row["pair_id"] += "'"
-            pairs[row["pair_id"]] = row
+            pairs.append(self._pair_row(f"{shard:05d}-{len(pairs):05d}", one, clean(chosen), clean(rejected)))
             notes["ties"] += one.p_win == 0.5
             if one.second is not None:
                 notes["agrees" if one.second else "disagrees"] += 1
-        kept = dict.fromkeys(r[s] for r in pairs.values() for s in ("chosen_id", "rejected_id"))
+        kept = dict.fromkeys(r[s] for r in pairs for s in ("chosen_id", "rejected_id"))
         taken = {t.row["image_id"]: t.row for t in images.values() if isinstance(t, Taken)}
         write_shard(out, "images", shard, [taken[k] for k in kept])
         if scores:
             write_shard(out, "scores", shard, scores)
         notes |= {"pairs": len(pairs), "images": len(kept), "dropped": dropped}
-        write_shard(out, "pairs", shard, list(pairs.values()), notes)
+        write_shard(out, "pairs", shard, pairs, notes)
 
     def _take(self, side: Side, one: Comparison, images: dict[str, Taken | str]) -> str:
         """The id of a picture, once it or the reason for its lack is in ``images``."""
@@ -305,11 +302,10 @@ class Importer:
                 unsafe.add(key)
         return unsafe, rows
 
-    def _pair_row(self, one: Comparison, chosen: str, rejected: str) -> dict[str, Any]:
-        ids = clean(chosen), clean(rejected)
+    def _pair_row(self, name: str, one: Comparison, chosen: str, rejected: str) -> dict[str, Any]:
         return {
-            "pair_id": ">".join(ids), "prompt_id": Prompt(clean(one.prompt)).id, "prompt": clean(one.prompt),
-            "chosen_id": ids[0], "rejected_id": ids[1], "p_win": one.p_win, "margins": json.dumps(dict(one.margins)),
+            "pair_id": name, "prompt_id": Prompt(clean(one.prompt)).id, "prompt": clean(one.prompt),
+            "chosen_id": chosen, "rejected_id": rejected, "p_win": one.p_win, "margins": json.dumps(dict(one.margins)),
             "rule": f"import:{self.config.format}", "user": one.user, "source": self.config.source or self.config.path,
             "rejected_prompt": None if one.rejected_prompt is None else clean(one.rejected_prompt),
         }  # fmt: skip

@@ -14,6 +14,7 @@ from conftest import FakeHub, picture
 
 from diffalign.cells import ScoreConfig, score
 from diffalign.cli import main
+from diffalign.importing import ImportConfig, import_pairs
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -42,6 +43,9 @@ def stand_ins(line: str, tmp_path: Path, tiny: Path, pairs_csv: Path, finished: 
         (tmp_path / "YOUR_FOLDERS" / side).mkdir(parents=True)
         picture(len(side)).save(tmp_path / "YOUR_FOLDERS" / side / "a.png")
         (tmp_path / "YOUR_FOLDERS" / "a.txt").write_text("a red circle on a grey background")
+    if "YOUR_DATASET" in line:
+        said = {"path": str(pairs_csv), "format": "trl", "output_dir": str(tmp_path / "YOUR_DATASET")}
+        import_pairs(ImportConfig(**said))
     if "YOUR_SCORED" in line:
         for i, image in enumerate(sorted((tmp_path / "YOUR_IMAGES").glob("*.png"))):
             picture(i, 32 + 8 * i).save(image)  # of different sizes as JPEG
@@ -52,6 +56,7 @@ def stand_ins(line: str, tmp_path: Path, tiny: Path, pairs_csv: Path, finished: 
         "YOUR_MODEL": str(tiny),
         "YOUR_PAIRS": str(pairs_csv),
         "YOUR_CLIP": str(clip),
+        "YOUR_DATASET": str(tmp_path / "YOUR_DATASET"),
         "YOUR_SCORED": str(tmp_path / "scored"),
         "YOUR_PARTI.tsv": str(tmp_path / "parti.tsv"),
         "YOUR_PROMPTS.txt": str(tmp_path / "prompts.txt"),

@@ -150,7 +150,7 @@ def test_mapo_sets_have_no_ids_and_double_captions_two_prompts(tmp_path: Path) -
     run(tmp_path / "mapo.parquet", "pickapic", tmp_path / "mapo")
     assert one(tmp_path / "mapo")["prompt"] == "a cat"
     chosen = read_pairs(tmp_path / "mapo")[0].chosen
-    assert chosen.source == jpeg(1)
+    assert chosen.data == jpeg(1)
     double = {**row, "caption_0": "a grey cat asleep", "caption_1": "a black cat"}
     pq.write_table(pa.Table.from_pylist([double]), tmp_path / "dcpo.parquet")
     run(tmp_path / "dcpo.parquet", "pickapic", tmp_path / "dcpo")
@@ -272,7 +272,7 @@ def test_rapidata_is_soft_and_per_dimension(tmp_path: Path) -> None:
     found = read_table(tmp_path / "out", "pairs").to_pylist()
     assert [r["p_win"] for r in found] == [0.75, 0.5]
     assert json.loads(found[0]["margins"]) == {"preference": 0.5, "coherence": -0.6}  # of the winner, image 2
-    assert read_pairs(tmp_path / "out")[0].chosen.source == jpeg(1)
+    assert read_pairs(tmp_path / "out")[0].chosen.data == jpeg(1)
     assert done.dropped == {"no label": 1}
     old = {"prompt": "p", "image1": struct(jpeg(0)), "image2": struct(jpeg(1)), "votes_image1": 3, "votes_image2": 9}
     pq.write_table(pa.Table.from_pylist([old]), tmp_path / "old.parquet")

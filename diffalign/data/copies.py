@@ -10,7 +10,7 @@ import numpy as np
 
 from diffalign.data.grouped import Images, Ints
 from diffalign.data.sources import picture_bytes
-from diffalign.data.tables import schemas, write_shard
+from diffalign.data.tables import conform, schemas, write_shard
 from diffalign.errors import DataError
 
 
@@ -56,8 +56,4 @@ def _rows(path: Path, wanted: Ints) -> Any:
                 file.read_row_group(group, columns=[n for n in schema.names if n in file.schema_arrow.names]).take(mine)
             )
         start += count
-    table = pa.concat_tables(parts)
-    for field in schema:
-        if field.name not in table.column_names:
-            table = table.append_column(field.name, pa.nulls(len(table), field.type))
-    return table.select(schema.names).cast(schema)
+    return conform(pa.concat_tables(parts), "images")

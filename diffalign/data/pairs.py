@@ -4,37 +4,61 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from diffalign.data import images
+from diffalign.data.album import Album
 from diffalign.data.sources import undecoded
 from diffalign.data.tables import read_table
 from diffalign.errors import DataError
 
 
 @dataclass(frozen=True)
+class Stored:
+    """A picture in the images table of a dataset folder, read when it is needed."""
+
+    album: Album = field(repr=False)
+    name: str
+
+
+@dataclass(frozen=True)
 class Picture:
     """An encoded image and where it came from."""
 
-    source: bytes | Path
+    source: bytes | Path | Stored
     where: str
+
+    @property
+    def data(self) -> bytes:
+        """The encoded picture."""
+        match self.source:
+            case bytes() as data:
+                return data
+            case Path() as path:
+                return path.read_bytes()
+            case Stored(album, name):
+                return album.read(name)
 
     @property
     def key(self) -> str:
         """Content hash, the key of everything cached about it."""
-        return images.sha256(self.source if isinstance(self.source, bytes) else self.source.read_bytes())
+        return images.sha256(self.data)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(height, width) in pixels, from the header."""
-        return images.dimensions(self.source, self.where)
+        return images.dimensions(self._source, self.where)
 
     def load(self) -> Image.Image:
-        return images.decode(self.source, self.where)
+        return images.decode(self._source, self.where)
+
+    @property
+    def _source(self) -> bytes | Path:
+        return self.source if isinstance(self.source, Path) else self.data
 
 
 @dataclass(frozen=True)
@@ -102,19 +126,17 @@ def shuffled_labels(pairs: Sequence[Pair], seed: int) -> list[Pair]:
 
 
 def _own(folder: Path) -> Iterator[Pair]:
-    table = read_table(folder, "images", ["image_id", "image"])
-    pictures = {
-        i: Picture(im["bytes"] if im["bytes"] is not None else _inside(folder, im["path"]), f"{folder}/images, image {i}")
-        for i, im in zip(table["image_id"].to_pylist(), table["image"].to_pylist(), strict=True)
-    }
+    album = Album(folder)
+    pictures: dict[str, Picture] = {}
     rows = read_table(folder, "pairs", ["pair_id", "prompt", "chosen_id", "rejected_id", "p_win"]).to_pylist()
     for row in rows:
         where = f"{folder}/pairs, pair {row['pair_id']}"
         for side in ("chosen_id", "rejected_id"):
             if row[side] is None:
                 raise DataError(f"{where}: it has no {side}", hint="every pair names a winner and a loser")
-            if row[side] not in pictures:
+            if row[side] not in album:
                 raise DataError(f"{where}: {side} {row[side]!r} is not in images/")
+            pictures.setdefault(row[side], Picture(Stored(album, row[side]), f"{folder}/images, image {row[side]}"))
         p_win = _p_win(row["p_win"], where)
         if p_win > 0.5:  # a tie says nothing about order
             yield Pair(row["prompt"], pictures[row["chosen_id"]], pictures[row["rejected_id"]], p_win)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 VERSION = 1
 NOTES = b"diffalign"
+PICTURES = 64
+"""Images a row group: what is read to get at one of them."""
 
 
 @cache
@@ -73,7 +75,14 @@ def write_shard(folder: Path, table: str, index: int, rows: Rows, notes: dict[st
     data = rows.cast(schema) if isinstance(rows, pa.Table) else pa.Table.from_pylist(list(rows), schema=schema)
     about = {NOTES: json.dumps(notes)} if notes is not None else {}
     data = data.replace_schema_metadata({**schema.metadata, **about})
-    return atomic(shard_path(folder, table, index), lambda p: pq.write_table(data, p, compression="zstd"))
+    size = PICTURES if table == "images" else None
+    path = shard_path(folder, table, index)
+    return atomic(path, lambda p: pq.write_table(data, p, compression="zstd", row_group_size=size))
+
+
+def shards_of(folder: Path, table: str) -> list[Path]:
+    """The shards that are there, in order."""
+    return sorted((folder / table).glob("*.parquet"))
 
 
 def shard_path(folder: Path, table: str, index: int) -> Path:
@@ -97,7 +106,7 @@ def read_table(folder: Path, table: str, columns: Sequence[str] | None = None) -
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    shards = sorted((folder / table).glob("*.parquet"))
+    shards = shards_of(folder, table)
     if not shards:
         raise DataError(f"{folder}: no table {table}/", hint="a dataset folder holds images/, pairs/ and manifest.json")
     parts = []
@@ -110,6 +119,15 @@ def read_table(folder: Path, table: str, columns: Sequence[str] | None = None) -
         if missing:
             raise DataError(f"{shard}: missing column {missing[0]!r}; found {', '.join(parts[-1].column_names)}")
     return pa.concat_tables(parts)
+
+
+def conform(rows: pa.Table, table: str) -> pa.Table:
+    """With exactly the columns of a table; those that an older shard lacks are null."""
+    import pyarrow as pa
+
+    schema = schemas()[table]
+    columns = [rows[f.name] if f.name in rows.column_names else pa.nulls(len(rows), f.type) for f in schema]
+    return pa.table(columns, names=schema.names).cast(schema)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
