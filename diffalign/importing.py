@@ -281,9 +281,8 @@ class Importer:
         """Pictures below the floor, and rows of the scores table for all."""
         if self.scorer is None or self.config.safety is None:
             return set(), []
-        from diffalign.cells import isolated
         from diffalign.data.scores import prompt_key
-        from diffalign.scorers import ScoreInput
+        from diffalign.scorers import ScoreInput, isolated
         from diffalign.scoring import identify
 
         taken = {k: t for k in dict.fromkeys(keys) if isinstance(t := images[k], Taken) and t.image is not None}
