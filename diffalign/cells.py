@@ -290,9 +290,9 @@ def _ask(
         for item, vector in zip(items, () if found is None else found.cpu().numpy(), strict=False):
             vectors.setdefault((str(item.sha256), column.embedder), vector)
     for name, values in result.values.items():
-        for item, value, error in zip(items, values.tolist(), result.errors, strict=True):
+        for item, value, error, cut in zip(items, values.tolist(), result.errors, result.truncated, strict=True):
             if value == value:
-                yield _score_row(column, item, name, value, None)
+                yield _score_row(column, item, name, value, None, cut)
             elif name not in result.partial or error:
                 yield _score_row(column, item, name, None, error or f"{name} is nan")
 
@@ -309,11 +309,12 @@ def isolated(scorer: Scorer, batch: ScoreInput) -> ScoreBatch:
     try:
         found = scorer(batch)
         errors = found.errors or [None] * len(batch)
-        return ScoreBatch({k: v.detach().float().cpu() for k, v in found.values.items()}, errors, found.partial)
+        values = {k: v.detach().float().cpu() for k, v in found.values.items()}
+        return ScoreBatch(values, errors, found.partial, found.truncated or [False] * len(batch))
     except Exception as e:
         if len(batch) == 1:
             reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
-            return ScoreBatch({scorer.name: torch.tensor([torch.nan])}, [reason])
+            return ScoreBatch({scorer.name: torch.tensor([torch.nan])}, [reason], truncated=[False])
     middle = len(batch) // 2
     a, b = (isolated(scorer, _part(batch, s)) for s in (slice(middle), slice(middle, None)))
     values = {
@@ -321,7 +322,8 @@ def isolated(scorer: Scorer, batch: ScoreInput) -> ScoreBatch:
         for name in {**a.values, **b.values}
     }
     # a failing picture has a value under the scorer's own name alone: the others lack that one without being wrong
-    return ScoreBatch(values, a.errors + b.errors, a.partial | b.partial | (a.values.keys() ^ b.values.keys()))
+    partial = a.partial | b.partial | (a.values.keys() ^ b.values.keys())
+    return ScoreBatch(values, a.errors + b.errors, partial, a.truncated + b.truncated)
 
 
 def _part(batch: ScoreInput, s: slice) -> ScoreInput:
@@ -332,12 +334,15 @@ def _part(batch: ScoreInput, s: slice) -> ScoreInput:
     return ScoreInput(batch.images[s], batch.prompts[s], None, metadata, features)
 
 
-def _score_row(column: Column, item: Loaded, name: str, value: float | None, error: str | None) -> dict[str, Any]:
+def _score_row(
+    column: Column, item: Loaded, name: str, value: float | None, error: str | None, truncated: bool = False
+) -> dict[str, Any]:
     i = column.identity
     return {
         "image_sha256": item.sha256, "prompt_sha256": prompt_key(item.prompt),
         "scorer": i.scorer if name == i.scorer else f"{i.scorer}/{name}", "version": i.version,
         "preprocess_version": i.preprocess, "value": value, "error": None if error is None else clean(error),
+        "truncated": truncated,
     }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from diffalign import data_cli
-from diffalign.console import CONFIG, JSON, SHARD, Group, shard_of, show, split
+from diffalign.console import CONFIG, JSON, SHARD, Group, launched, shard_of, show, split
 from diffalign.errors import ConfigError, DiffalignError
 
 
@@ -39,7 +39,7 @@ def train(config: tuple[str, ...], as_json: bool) -> None:
 
     loaded = load_config(TrainConfig, *split(config))
     run = train(loaded)
-    if not _main_process():
+    if launched()[0] != 0:
         return
     from diffalign.report import write_report
 
@@ -136,12 +136,13 @@ def serve(scorers: tuple[str, ...], host: str, port: int, max_batch: int) -> Non
 @main.command()
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
+@click.option("--inception", type=click.Path(path_type=Path), help="torch-fidelity's weights: FID and KID as published.")
 @JSON
-def compare(a: Path, b: Path, as_json: bool) -> None:
+def compare(a: Path, b: Path, inception: Path | None, as_json: bool) -> None:
     """Win rate of the scored folder B over A, per scorer and category, paired by prompt; ties one half."""
     from diffalign.versus import compare, compare_lines
 
-    said = compare(a, b)
+    said = compare(a, b, inception=inception)
     show(said, as_json, compare_lines(said))
 
 
@@ -330,12 +331,6 @@ def env(as_json: bool) -> None:
     found = environment()
     lines = [f"{k}: {v}" for k, v in {**{k: v for k, v in found.items() if k != "versions"}, **found["versions"]}.items()]
     show(found, as_json, lines)
-
-
-def _main_process() -> bool:
-    import os
-
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _compared(m: dict[str, Any]) -> list[str]:

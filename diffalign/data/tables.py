@@ -40,7 +40,7 @@ def schemas() -> dict[str, pa.Schema]:
         ],
         "scores": [
             ("image_sha256", s), ("prompt_sha256", s), ("scorer", s), ("version", s), ("preprocess_version", s),
-            ("value", f), ("error", s),
+            ("value", f), ("error", s), ("truncated", pa.bool_()),
         ],
         "embeddings": [("image_sha256", s), ("encoder", s), ("vector", pa.list_(pa.float32()))],
         "pairs": [
