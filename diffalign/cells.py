@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -339,8 +338,3 @@ def _image_row(item: Loaded) -> dict[str, Any]:
         "error": None if item.error is None else clean(item.error),
         "phash": fingerprint(item.image) if item.image else None,
     }  # fmt: skip
-
-
-def launched() -> tuple[int, int]:
-    """(rank, world) of an accelerate or torchrun launch; (0, 1) outside of one."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

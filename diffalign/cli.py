@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from diffalign import data_cli
-from diffalign.console import CONFIG, JSON, SHARD, Group, shard_of, show, split
+from diffalign.console import CONFIG, JSON, SHARD, Group, launched, shard_of, show, split
 from diffalign.errors import ConfigError, DiffalignError
 
 
@@ -34,8 +34,8 @@ def main(debug: bool) -> None:
 @JSON
 def train(config: tuple[str, ...], as_json: bool) -> None:
     """Fine-tune a model on preferences, then evaluate it and write a report."""
-    from diffalign.cells import launched
-    from diffalign.recipes import TrainConfig, load_config, train
+    from diffalign.recipes import TrainConfig, train
+    from diffalign.spec import load_config
 
     loaded = load_config(TrainConfig, *split(config))
     run = train(loaded)
@@ -68,17 +68,6 @@ def evaluate(run: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 @main.command(context_settings={"ignore_unknown_options": True})
 @CONFIG
-@JSON
-def generate(config: tuple[str, ...], as_json: bool) -> None:
-    """Make images of many prompts; a killed run goes on where it stopped."""
-    from diffalign.recipes import GenerateConfig, generate_dataset, load_config
-
-    folder, made = generate_dataset(load_config(GenerateConfig, *split(config)))
-    show({"folder": str(folder), "made": made}, as_json, [f"{made} images made now, in {folder}"])
-
-
-@main.command(context_settings={"ignore_unknown_options": True})
-@CONFIG
 @SHARD
 @JSON
 def score(config: tuple[str, ...], shard: str | None, as_json: bool) -> None:
@@ -90,7 +79,7 @@ def score(config: tuple[str, ...], shard: str | None, as_json: bool) -> None:
     from diffalign.data.scores import read_scored
     from diffalign.data.sources import open_source
     from diffalign.gallery import write_gallery
-    from diffalign.recipes import load_config
+    from diffalign.spec import load_config
     from diffalign.spread import diversity, diversity_line
     from diffalign.suites import open_suite, suite_lines, suite_report
     from diffalign.tally import export, summary, summary_lines
@@ -218,11 +207,12 @@ def config() -> None:
 def _config_class(kind: str) -> Any:
     from diffalign import recipes
     from diffalign.cells import ScoreConfig
+    from diffalign.generation import GenerateConfig
     from diffalign.importing import ImportConfig
     from diffalign.selection import SelectConfig
 
-    ours = {"score": ScoreConfig, "pairs": SelectConfig, "import": ImportConfig}
-    return {"train": recipes.TrainConfig, "generate": recipes.GenerateConfig, **ours}[kind]
+    ours = {"generate": GenerateConfig, "score": ScoreConfig, "pairs": SelectConfig, "import": ImportConfig}
+    return {"train": recipes.TrainConfig, **ours}[kind]
 
 
 KINDS = ["train", "generate", "score", "pairs", "import"]
@@ -234,8 +224,7 @@ KIND = click.option("--kind", type=click.Choice(KINDS), default="train", help="W
 @KIND
 def configshow(config: tuple[str, ...], kind: str) -> None:
     """Print the configuration with every default filled in."""
-    from diffalign.recipes import load_config
-    from diffalign.spec import dump
+    from diffalign.spec import dump, load_config
 
     click.echo(dump(load_config(_config_class(kind), *split(config))), nl=False)
 
@@ -245,7 +234,7 @@ def configshow(config: tuple[str, ...], kind: str) -> None:
 @KIND
 def config_validate(config: tuple[str, ...], kind: str) -> None:
     """Check a configuration and report every mistake."""
-    from diffalign.recipes import load_config
+    from diffalign.spec import load_config
 
     load_config(_config_class(kind), *split(config))
     click.echo("valid")
@@ -281,8 +270,7 @@ def config_new(path: Path, source: str) -> None:
 @KIND
 def config_diff(a: str, b: str, kind: str) -> None:
     """Print the keys in which two configurations or runs differ."""
-    from diffalign.recipes import load_config
-    from diffalign.spec import differences
+    from diffalign.spec import differences, load_config
 
     cls = _config_class(kind)
     for key, x, y in differences(load_config(cls, a, []), load_config(cls, b, [])):
@@ -308,7 +296,8 @@ def list_(what: str) -> None:
 def estimate(config: tuple[str, ...], measure: bool, as_json: bool) -> None:
     """Tell what a training configuration will take, without weights: memory by phase, operations, what would help most."""
     from diffalign.estimate import estimate, lines
-    from diffalign.recipes import TrainConfig, load_config
+    from diffalign.recipes import TrainConfig
+    from diffalign.spec import load_config
 
     result = estimate(load_config(TrainConfig, *split(config)), measure)
     show(result, as_json, lines(result))

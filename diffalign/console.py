@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from typing import Any
 
@@ -53,9 +54,12 @@ class Group(click.Group):
 
 def shard_of(text: str | None) -> tuple[int, int]:
     """(rank, world) of ``i/n``, or of this process in an accelerate or torchrun launch."""
-    from diffalign.cells import launched
-
     match = re.fullmatch(r"(\d+)/(\d+)", text or "{}/{}".format(*launched()))
     if match is None or int(match[1]) >= int(match[2]):
         raise ConfigError(f"--shard {text}: expected i/n with i below n", hint="--shard 0/4")
     return int(match[1]), int(match[2])
+
+
+def launched() -> tuple[int, int]:
+    """(rank, world) of an accelerate or torchrun launch; (0, 1) outside of one."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

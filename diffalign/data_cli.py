@@ -1,4 +1,4 @@
-"""The verbs of preference data: ``pairs``, ``import``, ``data``."""
+"""The verbs of preference data: ``generate``, ``pairs``, ``import``, ``data``."""
 
 from __future__ import annotations
 
@@ -13,8 +13,21 @@ from diffalign.errors import ConfigError, DataError
 
 def register(main: click.Group) -> None:
     """Add the verbs to the command."""
-    for command in (pairs, import_, data):
+    for command in (generate, pairs, import_, data):
         main.add_command(command)
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@CONFIG
+@SHARD
+@JSON
+def generate(config: tuple[str, ...], shard: str | None, as_json: bool) -> None:
+    """Make images of many prompts by one or several models; a killed run goes on where it stopped."""
+    from diffalign.generation import GenerateConfig, generate_dataset
+    from diffalign.spec import load_config
+
+    done = generate_dataset(load_config(GenerateConfig, *split(config)), *shard_of(shard))
+    show(vars(done) | {"folder": str(done.folder)}, as_json, done.lines())
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -26,8 +39,8 @@ def pairs(config: tuple[str, ...], shard: str | None, as_json: bool) -> None:
 
     diffalign pairs path=FOLDER reward.clip=1 rule.type=all units=std rule.min_margin=1 output_dir=FOLDER
     """
-    from diffalign.recipes import load_config
     from diffalign.selection import SelectConfig, select
+    from diffalign.spec import load_config
 
     loaded = load_config(SelectConfig, *split(config))
     done = select(loaded, *shard_of(shard))
@@ -44,7 +57,7 @@ def import_(config: tuple[str, ...], shard: str | None, as_json: bool) -> None:
     diffalign import format=pickapic path=FOLDER output_dir=OUT
     """
     from diffalign.importing import ImportConfig, import_pairs
-    from diffalign.recipes import load_config
+    from diffalign.spec import load_config
 
     loaded = load_config(ImportConfig, *split(config))
     done = import_pairs(loaded, *shard_of(shard))

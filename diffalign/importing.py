@@ -19,22 +19,11 @@ from diffalign.data.sources import clean, picture_bytes, undecoded
 from diffalign.data.tables import fix_plan, read_notes, shard_path, write_shard
 from diffalign.errors import DataError
 from diffalign.hub import is_hub_id, licence
+from diffalign.safety import Gate, Safety
 from diffalign.spec import Spec
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from diffalign.scorers import Scorer
-
-
-class Safety(Spec):
-    """A gate on pictures: what a safety scorer puts below ``floor`` is flagged, or dropped with its pairs."""
-
-    action: Literal["flag", "drop"] = "drop"
-    scorer: str = "safety"
-    """``safety``, ``nsfw``, ``q16``, each with or without ``:PATHS``, or any other scorer; higher is safer."""
-    floor: float = 0.0
-    """0 for ``safety``; minus the highest probability for ``nsfw`` and ``q16``."""
 
 
 class ImportConfig(Spec):
@@ -205,11 +194,7 @@ class Importer:
         self.config, self.layout, self.licence = config, layout, stated
         path = Path(config.path).expanduser()
         self.folder = str(path.parent if path.is_file() else path) if path.exists() else "."
-        self.scorer: Scorer | None = None
-        if config.safety is not None:
-            from diffalign.scoring import make_scorer
-
-            self.scorer = make_scorer(config.safety.scorer)
+        self.gate = Gate(config.safety) if config.safety is not None else None
 
     def write(self, out: Path, shard: int, rows: Sequence[dict[str, Any]]) -> None:
         """Images, then scores of the gate, then pairs: a shard is finished when its pairs are there."""
@@ -231,7 +216,7 @@ class Importer:
                 dropped["the same picture twice"] += 1
             else:
                 found.append((one, a, b))
-        unsafe, scores = self._gate(images, [k for _, a, b in found for k in (a, b)])
+        unsafe, scores = self._judged(images, [k for _, a, b in found for k in (a, b)])
         notes["flagged"] = len(unsafe) if self.config.safety and self.config.safety.action == "flag" else 0
         pairs: list[dict[str, Any]] = []
         for one, chosen, rejected in found:
@@ -274,33 +259,18 @@ class Importer:
         key = side.id or digest
         about = {"width": image.width, "height": image.height, "phash": fingerprint(image)}
         row |= {"image_id": clean(key), "sha256": digest, "image": {"bytes": data, "path": None}, **about}
-        images.setdefault(key, Taken(row, image if self.scorer else None))
+        images.setdefault(key, Taken(row, image if self.gate else None))
         return key
 
-    def _gate(self, images: dict[str, Taken | str], keys: Sequence[str]) -> tuple[set[str], list[dict[str, Any]]]:
-        """Pictures below the floor, and rows of the scores table for all."""
-        if self.scorer is None or self.config.safety is None:
-            return set(), []
-        from diffalign.data.scores import prompt_key
-        from diffalign.scorers import ScoreInput, isolated
-        from diffalign.scoring import identify
-
+    def _judged(self, images: dict[str, Taken | str], keys: Sequence[str]) -> tuple[set[str], list[dict[str, Any]]]:
+        """Pictures below the floor of the gate, and rows of the scores table for all."""
         taken = {k: t for k in dict.fromkeys(keys) if isinstance(t := images[k], Taken) and t.image is not None}
-        identity = identify(self.config.safety.scorer, self.scorer)
-        shown: Any = [t.image for t in taken.values()]
-        values = isolated(self.scorer, ScoreInput(shown, [t.row["prompt"] for t in taken.values()])).values if shown else {}
-        first = next(iter(values.values())).tolist() if values else []
-        unsafe, rows = set(), []
-        for (key, t), value in zip(taken.items(), first, strict=True):
-            known = value == value
-            rows.append({
-                "image_sha256": t.row["sha256"], "prompt_sha256": prompt_key(t.row["prompt"]), "scorer": identity.scorer,
-                "version": identity.version, "preprocess_version": identity.preprocess, "value": value if known else None,
-                "error": None if known else "the safety scorer failed",
-            })  # fmt: skip
-            if not known or value < self.config.safety.floor:  # what cannot be judged is not safe
-                unsafe.add(key)
-        return unsafe, rows
+        if self.gate is None or not taken:
+            return set(), []
+        shown = [t.image for t in taken.values() if t.image is not None]
+        prompts, hashes = ([t.row[n] for t in taken.values()] for n in ("prompt", "sha256"))
+        below, rows = self.gate(shown, prompts, hashes)
+        return {k for k, bad in zip(taken, below, strict=True) if bad}, rows
 
     def _pair_row(self, name: str, one: Comparison, chosen: str, rejected: str) -> dict[str, Any]:
         return {

@@ -15,7 +15,6 @@ import numpy as np
 from diffalign.curation import column
 from diffalign.data.album import Album
 from diffalign.data.grouped import coded
-from diffalign.data.images import decode, sha256
 from diffalign.data.tables import read_manifest, schemas, shards_of
 from diffalign.errors import DataError
 
@@ -189,6 +188,8 @@ def _of_pairs(folder: Path) -> Iterator[Finding]:
 
 
 def _of_pictures(folder: Path) -> Iterator[Finding]:
+    from diffalign.data.images import decode, sha256
+
     album = Album(folder)
     hashes = column(folder, "images", ("image_id", "sha256"))
     bad: list[str] = []

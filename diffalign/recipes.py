@@ -23,10 +23,10 @@ from diffalign.hub import cache_dir, licence, resolve
 from diffalign.models import Format, LoRA, Model, ModelSpec, load_model
 from diffalign.objectives import OBJECTIVES, Objective, Total
 from diffalign.pairs import PAIR_RULES, BestWorst, Group, PairRule
-from diffalign.sampling import Item, Sampler, sample
+from diffalign.sampling import Sampler
 from diffalign.scorers import card_of, table
 from diffalign.scoring import device, make_scorers, quiet
-from diffalign.spec import Spec, dump, load, validate
+from diffalign.spec import Spec, dump, load
 from diffalign.suites import is_suite, suite_prompts
 from diffalign.timesteps import TIMESTEPS, TimestepPolicy, Uniform
 from diffalign.train.state import TrainSettings, TrainState, checkpoints, make_optimizer
@@ -117,26 +117,6 @@ class TrainConfig(Spec):
         if s.metric_for_best == "select/score" and not self.evaluate.prompts.startswith("shapes:"):
             raise ValueError("train.metric_for_best: select/score needs evaluate.prompts of the built-in world (shapes:...)")
         return self
-
-
-class GenerateConfig(Spec):
-    """Images of many prompts, written as the images table of a dataset folder."""
-
-    version: Literal[1] = 1
-    model: ModelSpec = ModelSpec(path="shapes-unet")
-    prompts: str = "shapes:train"
-    num_prompts: int | None = Field(default=None, ge=1)
-    negative_prompt: str | None = None
-    """For prompts that bring none of their own."""
-    images_per_prompt: int = Field(default=1, ge=1)
-    seed: int = Field(default=0, ge=0)
-    sampling: Sampler = Sampler()
-    shard_size: int = Field(default=512, ge=1)
-    """Images per Parquet shard; a killed run goes on at the first missing shard."""
-    split_salt: str = ""
-    licence: str | None = None
-    """Written to every row."""
-    output_dir: str
 
 
 # --- pieces ---------------------------------------------------------------------------------------------------------
@@ -539,79 +519,6 @@ def export_run(run: Path, format: Format, output: Path | None = None, dtype: str
     model.restore(run)
     model.export(out, format, about(config))
     return out
-
-
-# --- generate -------------------------------------------------------------------------------------------------------
-
-
-def generate_dataset(config: GenerateConfig) -> tuple[Path, int]:
-    """The whole of ``diffalign generate``; returns the folder and how many images were made now."""
-    from tqdm import tqdm
-
-    from diffalign.data.images import encode_png, sha256, to_pil
-    from diffalign.data.tables import run_shards
-
-    folder = Path(config.output_dir)
-    prompts = prompts_of(config.prompts, config.num_prompts, config.seed, config.split_salt, config.negative_prompt)
-    items = [Item(p, k) for p in prompts for k in range(config.images_per_prompt)]
-    shards = -(-len(items) // config.shard_size)
-    model = ready_model(config.model)
-    env = environment()["versions"]
-    plan = {k: v for k, v in config.model_dump(mode="json").items() if k != "output_dir"}
-    plan["prompts_hash"] = sha256(json.dumps([p.id for p in prompts]).encode())
-    shared = {
-        "seed": config.seed,
-        "model": config.model.path,
-        "revision": config.model.revision,
-        "adapter": config.model.lora.path if config.model.lora else None,
-        "sampler": type(model.scheduler).__name__,
-        "num_inference_steps": config.sampling.num_inference_steps,
-        "guidance_scale": config.sampling.guidance_scale,
-        "versions": json.dumps(env),
-        "licence": config.licence,
-    }
-    made = 0
-    with tqdm(total=len(items), desc="generate", unit="image", dynamic_ncols=True) as bar:
-
-        def shard(n: int) -> list[dict[str, Any]]:
-            nonlocal made
-            mine = items[n * config.shard_size : (n + 1) * config.shard_size]
-            bar.update(n * config.shard_size - bar.n) if bar.n < n * config.shard_size else None
-            rows = []
-            for start in range(0, len(mine), config.sampling.batch_size):
-                batch = mine[start : start + config.sampling.batch_size]
-                for item, image in zip(batch, to_pil(sample(model, batch, config.sampling, config.seed)), strict=True):
-                    data = encode_png(image)
-                    rows.append({
-                        **shared,
-                        "image_id": f"{item.prompt.id}-{config.seed}-{item.k}",
-                        "sha256": sha256(data),
-                        "prompt_id": item.prompt.id,
-                        "prompt": item.prompt.text,
-                        "negative_prompt": item.prompt.negative,
-                        "image": {"bytes": data, "path": None},
-                        "k": item.k,
-                        "width": image.width,
-                        "height": image.height,
-                    })  # fmt: skip
-                bar.update(len(batch))
-                made += len(batch)
-            return rows
-
-        run_shards(folder, "images", plan, shards, shard)
-    return folder, made
-
-
-def load_config(cls: type[Any], first: str | None, overrides: Sequence[str]) -> Any:
-    """A config file with overrides, a run directory's resolved config, or overrides alone."""
-    from diffalign.spec import with_overrides
-
-    if first is None:
-        return validate(cls, with_overrides({}, overrides), "command line")
-    path = Path(first)
-    if path.is_dir():
-        path = path / "config.resolved.yaml"
-    return load(cls, path, overrides)
 
 
 # --- pairs ----------------------------------------------------------------------------------------------------------

@@ -18,12 +18,15 @@ from diffalign.importing import ImportConfig, import_pairs
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+CHAIN = re.search(r"^## From prompts to a trained model\n+((?: {4}.+\n)+)", PAGES[0].read_text(), re.M)
+"""Commands of the README that build on one another; a test of their own runs them in order."""
 COMMANDS = [
     (page.name, line)
     for page in PAGES
     for line in dict.fromkeys(
         m.strip() for m in re.findall(r"^ {4}(diffalign .+)$|^(diffalign .+)$", page.read_text(), re.M) for m in m if m
     )
+    if CHAIN is None or line not in CHAIN[1]
 ]
 
 
@@ -123,6 +126,39 @@ def test_command(
         monkeypatch.setattr("diffalign.serve.ScorerServer.serve_forever", lambda self: None)
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.slow
+def test_the_chain_of_the_readme_runs_in_order(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert CHAIN is not None
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    small = {
+        "generate": [f"model.path={tiny}", "num_prompts=12", "images_per_prompt=4", "sampling.num_inference_steps=1"],
+        "train": [f"model.path={tiny}", "train.max_steps=2", "train.per_device_train_batch_size=4", "evaluate.num_prompts=2"],
+        "evaluate": ["num_prompts=2"],
+    }
+    small["train"] += ["evaluate.sampling.num_inference_steps=1"]
+    for line in CHAIN[1].splitlines():
+        words = shlex.split(line)[1:]
+        given = {w.partition("=")[0] for w in small.get(words[0], [])}
+        words = [w for w in words if w.partition("=")[0] not in given] + small.get(words[0], [])
+        result = CliRunner().invoke(main, words)
+        assert result.exit_code == 0, f"{line}: {result.output}"
+        if words[0] == "pairs":
+            assert not result.output.startswith("0 pairs")
+    assert (tmp_path / "runs" / "mine" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_preferences_runs_and_resumes(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/preferences.py", "run", "--short", "--rows", "2"]
+    command += ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
+    for _ in range(2):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("\n| ") == 2
+    assert "preferences-2" not in done.stdout  # both rows were there
 
 
 def blocks(page: str) -> list[str]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Units = Literal["native", "std", "rank"]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-JOIN = 1 << 20  # rows of scores that are looked up at once
+JOIN = 1 << 18  # rows of scores that are looked up at once
 
 
 @dataclass
@@ -110,12 +110,13 @@ def _values(images: Images, shards: Sequence[Path]) -> dict[str, Floats]:
 
     digests = pa.array([hashlib.sha256(p.encode()).hexdigest() for p in images.prompts], pa.string())
     of_row = digests.take(pa.array(images.prompt, mask=images.prompt < 0))
-    key = pc.binary_join_element_wise(images.table["sha256"], of_row, "")
+    key = _keys(images.table["sha256"], of_row)
     keys = pc.unique(key)
     place = _places(key, keys)
+    del digests, of_row, key
     columns: dict[tuple[str, str], Floats] = {}
     for scores in _joined(shards):
-        at = _places(pc.binary_join_element_wise(scores["image_sha256"], scores["prompt_sha256"], ""), keys)
+        at = _places(_keys(scores["image_sha256"], scores["prompt_sha256"]), keys)
         value = scores["value"].to_numpy()
         version = pc.binary_join_element_wise(scores["version"], scores["preprocess_version"], ",")
         names, codes = coded(pc.binary_join_element_wise(scores["scorer"], version, "@"))
@@ -147,6 +148,13 @@ def _joined(shards: Sequence[Path]) -> Iterator[pa.Table]:
             waiting = []
     if waiting:
         yield pa.concat_tables(waiting).combine_chunks()
+
+
+def _keys(image: Any, prompt: Any) -> Any:
+    """128 bits of either hash: shorter to keep, and as good as the whole."""
+    import pyarrow.compute as pc
+
+    return pc.binary_join_element_wise(*(pc.utf8_slice_codeunits(h, 0, 32) for h in (image, prompt)), "")
 
 
 def coded(column: Any) -> tuple[list[str], Ints]:

@@ -163,14 +163,21 @@ def fix_plan(folder: Path, table: str, plan: dict[str, Any]) -> None:
     """
     manifest = read_manifest(folder) or {"version": VERSION, "plans": {}}
     old = manifest["plans"].get(table)
-    if old is not None and old != plan:
-        changed = [k for k in {**old, **plan} if old.get(k) != plan.get(k)]
+    if old is not None and _stated(old) != _stated(plan):
+        changed = [k for k in {**old, **plan} if _stated(old.get(k)) != _stated(plan.get(k))]
         raise DataError(
             f"{folder} holds {table} of another plan (differs in {', '.join(changed)})", hint="choose another folder"
         )
     if old is None:
         manifest["plans"][table] = plan
         write_json(folder / "manifest.json", manifest)
+
+
+def _stated(value: Any) -> Any:
+    """A plan without its empty keys: a version that knows more of them goes on with the plans of an older one."""
+    if not isinstance(value, dict):
+        return value or None if isinstance(value, list) else value
+    return {k: _stated(v) for k, v in value.items() if v is not None and v != [] and v != {}} or None
 
 
 def run_shards(
