@@ -44,6 +44,8 @@ class Row:
     rounds: int = 1
     """Rounds of training, each on fresh pairs from the round before."""
     scorers: tuple[str, ...] = ("shapes", "taste:size")
+    sampled_again: tuple[str, float] | None = None
+    """Another row whose weights are sampled at this guidance; nothing is trained."""
 
 
 # the best of its own trials on select; DPO was best with times drawn from the whole path
@@ -93,6 +95,7 @@ ROWS: dict[str, Row] = {
     "rdp-lora": Row("RDP, LoRA", ("objective={type: rdp, beta: 2000}", "data.standardize_scores=true")),
     "sft-guided": Row("SFT on the winners of guided pairs", SFT, pairs=GUIDED),
     "dpo-guided": Row("Diffusion-DPO, LoRA, on the same guided pairs", pairs=GUIDED),
+    "dpo-rounds-at-4": Row("the weights of dpo-rounds, sampled at guidance 4", sampled_again=("dpo-rounds", 4.0)),
 }  # fmt: skip
 CONTROLS = {
     "base": "the base",
@@ -147,6 +150,11 @@ def run_row(name: str, seed: int) -> dict[str, Any]:
     from diffalign.train.tracking import read_metrics
 
     row = ROWS[name]
+    if row.sampled_again:
+        other, guidance = row.sampled_again
+        trained = json.loads((RESULTS / f"{other}-{seed}.json").read_text())
+        folder = final_folder(other, seed)
+        return measured(name, folder, "shapes:test", guidance=guidance) | {k: trained[k] for k in COST}
     folder, seconds, passes, generated = WORK / f"{name}-{seed}", 0.0, 0, 0
     previous: Path | None = None
     for n in range(row.rounds):
@@ -158,7 +166,7 @@ def run_row(name: str, seed: int) -> dict[str, Any]:
             extra.append(f"model.lora.path={previous}")
         metrics = train_once([*row.overrides, *extra], out)
         seconds, passes, previous = seconds + metrics["train_seconds"], passes + metrics["denoiser_passes"], out
-    final = folder if row.rounds == 1 else folder / f"round-{row.rounds - 1}"
+    final = final_folder(name, seed)
     last = next(x for x in reversed(read_metrics(final)) if "heldout/drift/winner" in x)
     return measured(name, final, "shapes:test") | {
         "seed": seed,
@@ -167,6 +175,11 @@ def run_row(name: str, seed: int) -> dict[str, Any]:
         "images_generated": generated,
         **{k: last[f"heldout/{k}"] for k in ("drift/winner", "drift/loser")},
     }
+
+
+def final_folder(name: str, seed: int) -> Path:
+    folder, rounds = WORK / f"{name}-{seed}", ROWS[name].rounds
+    return folder if rounds == 1 else folder / f"round-{rounds - 1}"
 
 
 def pairs_for(row: Row, n: int, previous: Path | None) -> tuple[str, int]:
@@ -340,9 +353,9 @@ def write_table() -> str:
     )
     top, low = base["ceiling"]["exact"], mean(base["values"]["exact"])
     lines = [
-        "| row | seeds | exact | gain in exact, 95 % | each seed | gap closed | facts | clean | size | diversity"
+        "| row | | seeds | exact | gain in exact, 95 % | each seed | gap closed | facts | clean | size | diversity"
         " | drift w | drift l | passes | s | trials |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     kinds = [f"| row | {' | '.join(KINDS)} |", "|---|" + "---|" * len(KINDS)]
     gains: dict[str, torch.Tensor] = {}
@@ -366,10 +379,10 @@ def write_table() -> str:
         each = "" if name in CONTROLS else ", ".join(f"{g:+.3f}" for g in gain.mean(1).tolist())
         closed = "" if name == "base" else f"{100 * e.value / (top - low):.1f} %"
         diverse = f"{mean([r['diversity'] for r in runs]):.3f}"
-        cells = [what, str(len(runs)), f"{exact.mean():.3f}", shown, each, closed, *others, diverse, *cost, str(tried)]
+        cells = [name, what, str(len(runs)), f"{exact.mean():.3f}", shown, each, closed, *others, diverse, *cost, str(tried)]
         lines.append(f"| {' | '.join(cells)} |")
         held = [f"{mean([mean(r['values'][k]) for r in runs]):.3f}" for k in KINDS]
-        kinds.append(f"| {' | '.join([what, *held])} |")
+        kinds.append(f"| {' | '.join([name, *held])} |")
     out = ["\n".join(lines), "How often each kind of fact holds:", "\n".join(kinds)]
     out += [f"Ceiling (perfect drawings through the base's autoencoder): exact {top:.3f}."]
     if taste := [json.loads(f.read_text()) for s in SEEDS if (f := RESULTS / f"dpo-taste-{s}.json").exists()]:
@@ -379,14 +392,17 @@ def write_table() -> str:
             f"A taste for size moves the drawn area from {mean(base['values']['taste_size']):.3f} by {e.value:+.3f}"
             f" [{e.low:+.3f}, {e.high:+.3f}] and makes it larger for {100 * (moved > 0).float().mean():.0f} % of prompts."
         )
-    if "base-guided" in gains and "dpo-guided" in gains:
-        e = stats.bootstrap_mean(gains["dpo-guided"] - gains["base-guided"])
-        out.append(f"At guidance 4, DPO with LoRA over the base: {e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}] in exact.")
-    if "dpo-lora" in gains:
-        for other in ("sft-winners", "dpo-shuffled", "mapo-lora", "dpo-clip", "dpo-more", "dpo-rounds", "dpo-full"):
-            if other in gains and gains[other].shape == gains["dpo-lora"].shape:
-                e = stats.bootstrap_mean(gains["dpo-lora"] - gains[other])
-                out.append(f"DPO with LoRA over {other}: {e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}] in exact.")
+    versus = [("dpo-lora", x) for x in ("sft-winners", "dpo-shuffled", "mapo-lora", "dpo-clip", "dpo-full")]
+    for one, other in [
+        *versus,
+        ("dpo-more", "dpo-lora"),
+        ("dpo-rounds", "dpo-lora"),
+        ("dpo-guided", "sft-guided"),
+        ("dpo-rounds-at-4", "base-guided"),
+    ]:
+        if one in gains and other in gains and gains[other].shape[0] in (1, gains[one].shape[0]):
+            e = stats.bootstrap_mean(gains[one] - gains[other])
+            out.append(f"{one} over {other}: {e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}] in exact.")
     text = "\n\n".join(out)
     head = (
         "# Leaderboard\n\nA world of 32 px and a model of 3 million parameters: it says which method works and why, and does"

@@ -10,19 +10,19 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from diffalign.data.files import write_json, write_text
-from diffalign.data.prompts import Prompt, read_prompts
+from diffalign.data.prompts import Prompt, normalised, read_prompts
 from diffalign.errors import ConfigError, DataError
 from diffalign.hub import cache_dir, licence, resolve
 from diffalign.models import Format, LoRA, Model, ModelSpec, load_model
 from diffalign.objectives import OBJECTIVES, Objective, Total, metrics_of
-from diffalign.pairs import PAIR_RULES, BestWorst, PairRule
+from diffalign.pairs import PAIR_RULES, BestWorst, Group, PairRule
 from diffalign.sampling import Item, Sampler, sample
 from diffalign.scorers import card_of, table
 from diffalign.scoring import device, make_scorers, quiet
@@ -211,6 +211,29 @@ def prompts_of(source: str, limit: int | None, seed: int = 0, salt: str = "", ne
     else:
         found = read_prompts(source, limit)
     return [Prompt(p.text, p.negative or negative) for p in found]
+
+
+def excluded_prompts(sources: Sequence[str]) -> set[str]:
+    """Prompts of files, suites ``NAME:PATH`` and splits of the built-in world, normalised for matching."""
+    found: set[str] = set()
+    for source in sources:
+        if match := SHAPES_PROMPTS.fullmatch(source):
+            found |= shapes_captions(match[1])
+        else:
+            found |= {normalised(p.text) for p in prompts_of(source, None)}
+    return found
+
+
+def shapes_captions(split: str) -> set[str]:
+    """Every caption of a split of the built-in world, normalised."""
+    from diffalign.shapes.scene import PHRASINGS, RELATIONS, all_scenes
+
+    out = set()
+    for scene in all_scenes(split):  # type: ignore[arg-type]
+        stated = [replace(scene, relation=r) for r in RELATIONS] if scene.relation else [scene]
+        both = [s for one in stated for s in (one, replace(one, things=one.things[::-1]))]
+        out |= {normalised(s.caption(n)) for s in both for n in range(PHRASINGS)}
+    return out
 
 
 def build_model(spec: ModelSpec) -> Model:
@@ -779,7 +802,7 @@ def make_pairs(config: PairsConfig) -> Path:
         rows: dict[str, list[dict[str, Any]]] = {"images": [], "scores": [], "pairs": []}
         for i, prompt in enumerate(mine):
             ids: dict[int, str] = {}
-            for preference in config.rule(reward[i].tolist()):
+            for preference in config.rule(Group(reward[i].tolist(), {n: v[i].tolist() for n, v in values.items()})):
                 for j in (preference.chosen, preference.rejected):
                     if j in ids:
                         continue
@@ -852,6 +875,13 @@ def catalogue(what: str) -> list[tuple[str, str]]:
                 ("http:URL", "a scorer of `diffalign serve`"),
                 ("pkg.mod:obj", "any callable f(images, prompts)"),
             ]
+        case "rules":
+            return [(name, (cls.__doc__ or "").strip().splitlines()[0]) for name, cls in PAIR_RULES.options.items()]
+        case "formats":
+            from diffalign.data.formats import LAYOUTS
+
+            found = [(name, (layout.read.__doc__ or "").strip().splitlines()[0]) for name, layout in LAYOUTS.items()]
+            return [*found, ("folders", "chosen/ and rejected/ with pictures of the same names, prompts in .txt files")]
         case "presets":
             heads = {n: p.read_text().splitlines()[0].removeprefix("# ") for n, p in shipped_configs().items()}
             return list(heads.items())

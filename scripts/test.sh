@@ -7,4 +7,5 @@ ruff check .
 ruff format --check .
 mypy
 lint-imports
-python -m pytest "$@"
+# one test process a core, one thread each: two processes of two threads would wait for each other
+OMP_NUM_THREADS=1 python -m pytest -n auto --dist worksteal "$@"

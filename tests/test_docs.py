@@ -14,6 +14,7 @@ from conftest import FakeHub, picture
 
 from diffalign.cells import ScoreConfig, score
 from diffalign.cli import main
+from diffalign.importing import ImportConfig, import_pairs
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -38,11 +39,25 @@ def stand_ins(line: str, tmp_path: Path, tiny: Path, pairs_csv: Path, finished: 
     if line.startswith("diffalign compare"):
         for name, folder in (("YOUR_IMAGES", "scored"), ("YOUR_OTHER_IMAGES", "other")):
             score(ScoreConfig(path=str(tmp_path / name), scorers=["compressibility"], output_dir=str(tmp_path / folder)))
+    for side in ("chosen", "rejected") if "YOUR_FOLDERS" in line else ():
+        (tmp_path / "YOUR_FOLDERS" / side).mkdir(parents=True)
+        picture(len(side)).save(tmp_path / "YOUR_FOLDERS" / side / "a.png")
+        (tmp_path / "YOUR_FOLDERS" / "a.txt").write_text("a red circle on a grey background")
+    if "YOUR_DATASET" in line:
+        said = {"path": str(pairs_csv), "format": "trl", "output_dir": str(tmp_path / "YOUR_DATASET")}
+        import_pairs(ImportConfig(**said))
+    if "YOUR_SCORED" in line:
+        for i, image in enumerate(sorted((tmp_path / "YOUR_IMAGES").glob("*.png"))):
+            picture(i, 32 + 8 * i).save(image)  # of different sizes as JPEG
+        words = {"path": str(tmp_path / "YOUR_IMAGES"), "scorers": ["compressibility"], "output_dir": str(tmp_path / "scored")}
+        score(ScoreConfig(**words))
     line = line.partition(" #")[0]
     for name, value in {
         "YOUR_MODEL": str(tiny),
         "YOUR_PAIRS": str(pairs_csv),
         "YOUR_CLIP": str(clip),
+        "YOUR_DATASET": str(tmp_path / "YOUR_DATASET"),
+        "YOUR_SCORED": str(tmp_path / "scored"),
         "YOUR_PARTI.tsv": str(tmp_path / "parti.tsv"),
         "YOUR_PROMPTS.txt": str(tmp_path / "prompts.txt"),
         "CONFIG.yaml": "configs/shapes-dpo.yaml",
@@ -102,6 +117,8 @@ def test_command(
         words += ["sampling.num_inference_steps=1", "num_prompts=2"]
     if words[0] == "evaluate":
         words += ["sampling.num_inference_steps=1", "num_prompts=2"]
+    if words[0] == "pairs":
+        words += [f"image_root={tmp_path / 'YOUR_IMAGES'}"]
     if words[0] == "serve":  # would serve until interrupted
         monkeypatch.setattr("diffalign.serve.ScorerServer.serve_forever", lambda self: None)
     result = CliRunner().invoke(main, words)

@@ -7,13 +7,14 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from PIL import Image
 
 from diffalign.data import images
+from diffalign.data.album import Album
 from diffalign.data.sources import undecoded
 from diffalign.data.tables import read_table
 from diffalign.errors import DataError
@@ -31,26 +32,49 @@ PAIR_COLUMNS = ("pair_id", "prompt", "chosen_id", "rejected_id", "p_win")
 
 
 @dataclass(frozen=True)
+class Stored:
+    """A picture in the images table of a dataset folder, read when it is needed."""
+
+    album: Album = field(repr=False)
+    name: str
+
+
+@dataclass(frozen=True)
 class Picture:
     """An encoded image and where it came from."""
 
-    source: bytes | Path
+    source: bytes | Path | Stored
     where: str
     made: tuple[int, str, int] | None = None
     """(seed, prompt id, k) of an image that diffalign made: its first noise follows from them."""
 
     @property
+    def data(self) -> bytes:
+        """The encoded picture."""
+        match self.source:
+            case bytes() as data:
+                return data
+            case Path() as path:
+                return path.read_bytes()
+            case Stored(album, name):
+                return album.read(name)
+
+    @property
     def key(self) -> str:
         """Content hash, the key of everything cached about it."""
-        return images.sha256(self.source if isinstance(self.source, bytes) else self.source.read_bytes())
+        return images.sha256(self.data)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(height, width) in pixels, from the header."""
-        return images.dimensions(self.source, self.where)
+        return images.dimensions(self._source, self.where)
 
     def load(self) -> Image.Image:
-        return images.decode(self.source, self.where)
+        return images.decode(self._source, self.where)
+
+    @property
+    def _source(self) -> bytes | Path:
+        return self.source if isinstance(self.source, Path) else self.data
 
 
 @dataclass(frozen=True)
@@ -167,14 +191,12 @@ def rows_of(folder: Path, table: str, needed: Sequence[str], wanted: Sequence[st
 
 
 def own_pictures(folder: Path) -> dict[str, Picture]:
-    """The images of a dataset folder by their id."""
-    out = {}
-    for row in rows_of(folder, "images", ["image_id", "image"], ("seed", "prompt_id", "k")):
-        i, im = row["image_id"], row["image"]
-        made: Any = (row.get("seed"), row.get("prompt_id"), row.get("k"))
-        source = im["bytes"] if im["bytes"] is not None else _inside(folder, im["path"])
-        out[i] = Picture(source, f"{folder}/images, image {i}", None if None in made else made)
-    return out
+    """The images of a dataset folder by their id, read when they are needed."""
+    album, made = Album(folder), {}
+    for row in rows_of(folder, "images", ["image_id"], ("seed", "prompt_id", "k")):
+        made[row["image_id"]] = (row.get("seed"), row.get("prompt_id"), row.get("k"))
+    found: dict[str, Any] = {name: None if None in origin else origin for name, origin in made.items()}
+    return {name: Picture(Stored(album, name), f"{folder}/images, image {name}", found[name]) for name in album}
 
 
 def _margin(value: str | None, where: str) -> tuple[float, float] | None:
