@@ -138,7 +138,8 @@ def soak_shards(what: str, folder: Path, kills: int, processes: int, seed: int) 
         while process.poll() is None and finished() <= start:
             time.sleep(0.001)
         time.sleep(rng.random() * 0.02)
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it was done
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         now = files(out) if out.exists() else {}
         if lost := [name for name, data in kept.items() if now.get(name) != data]:

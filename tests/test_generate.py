@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -254,7 +255,8 @@ def killed_at_random(words: list[str], out: Path, table: str, processes: int, ki
         while process.poll() is None and len(list((out / table).glob("*.parquet"))) < wanted:
             time.sleep(0.002)
         time.sleep(rng.random() * 0.02)
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it was done
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         now = {name: data for name, data in files(out).items() if not name.endswith(".tmp")} if out.exists() else {}
         assert {name: now.get(name) for name in kept} == kept

@@ -6,12 +6,13 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 
 from diffalign.data import images
 from diffalign.data.album import Album
+from diffalign.data.prompts import normalised
 from diffalign.data.sources import undecoded
 from diffalign.data.tables import read_table
 from diffalign.errors import DataError
@@ -114,6 +115,22 @@ def split_by_prompt(pairs: Sequence[Pair], share: float, salt: str = "heldout") 
         return int.from_bytes(digest[:8], "big") / 2**64 < share
 
     return [p for p in pairs if not held(p.prompt)], [p for p in pairs if held(p.prompt)]
+
+
+def apart(pairs: Sequence[Pair], evaluated: Iterable[str], action: Literal["refuse", "drop", "keep"]) -> list[Pair]:
+    """Training pairs without those of the prompts that are evaluated on.
+
+    Raises:
+        DataError: there are some, and they are refused; or nothing is left.
+    """
+    barred = {normalised(p) for p in evaluated}
+    kept = [p for p in pairs if action == "keep" or normalised(p.prompt) not in barred]
+    if len(kept) < len(pairs) and (action == "refuse" or not kept):
+        raise DataError(
+            f"{len(pairs) - len(kept)} of {len(pairs)} training pairs have a prompt that is evaluated on",
+            hint="data.evaluation_prompts=drop leaves them out, =keep trains on them",
+        )
+    return kept
 
 
 def shuffled_labels(pairs: Sequence[Pair], seed: int) -> list[Pair]:
