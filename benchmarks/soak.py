@@ -91,9 +91,9 @@ def soak(folder: Path, kills: int, images: int, seed: int) -> int:
     return past.read_text().count("x")
 
 
-def prepare(what: str, folder: Path, kills: int) -> tuple[list[str], str, int]:
+def prepare(what: str, folder: Path, kills: int, processes: int) -> tuple[list[str], str, int]:
     """(words of the command without its output, table, shards): so many shards that every kill finds work."""
-    shards = kills + 2
+    shards = 2 * processes * kills + 2
     if what == "generate":
         words = ["generate", "prompts=shapes:train", f"num_prompts={2 * shards}", "shard_size=2", "sampling.batch_size=2"]
         return [*words, "sampling.num_inference_steps=2"], "images", shards
@@ -116,7 +116,7 @@ def prepare(what: str, folder: Path, kills: int) -> tuple[list[str], str, int]:
 def soak_shards(what: str, folder: Path, kills: int, processes: int, seed: int) -> int:
     """Returns how many kills hit after a shard of their run was finished."""
     rng = random.Random(seed)
-    words, table, shards = prepare(what, folder, kills)
+    words, table, shards = prepare(what, folder, kills, processes)
     out, whole = folder / "out", folder / "whole"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
     alone = [sys.executable, "-m", "diffalign"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from diffalign.cells import isolated
 from diffalign.data.scores import prompt_key
 from diffalign.scoring import identify, make_scorer
 from diffalign.spec import Spec
@@ -36,7 +35,7 @@ class Gate:
         self, images: Sequence[Image.Image], prompts: Sequence[str], hashes: Sequence[str]
     ) -> tuple[list[bool], list[dict[str, Any]]]:
         """Whether each picture is below the floor, and rows of the scores table; what cannot be judged counts as below."""
-        from diffalign.scorers import ScoreInput
+        from diffalign.scorers import ScoreInput, isolated
 
         shown: Any = list(images)
         found = isolated(self.scorer, ScoreInput(shown, list(prompts))) if shown else None

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 
-from diffalign.cells import isolated
 from diffalign.data.images import decode
 from diffalign.errors import DataError
-from diffalign.scorers import ScoreBatch, ScoreInput, Scorer
+from diffalign.scorers import ScoreBatch, ScoreInput, Scorer, isolated
 from diffalign.scoring import Identity, identify, make_scorers
 
 PICTURE_BYTES = 32 << 20  # of base64, for one picture of a batch

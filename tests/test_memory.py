@@ -561,6 +561,7 @@ def test_every_switch_does_what_it_is_for(folder_of: Any, overrides: list[str]) 
     assert at(many, *overrides_).total == best.total
 
 
+@pytest.mark.slow
 def test_the_command_tells(tiny: Path, overrides: list[str]) -> None:
     args = ["estimate", str(ROOT / "configs/shapes-dpo.yaml"), *overrides]
     done = CliRunner().invoke(main, args)

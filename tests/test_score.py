@@ -31,7 +31,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from diffalign.cells import Filled, ScoreConfig, isolated, score
+from diffalign.cells import Filled, ScoreConfig, score
 from diffalign.cli import main
 from diffalign.data.duplicates import near
 from diffalign.data.images import encode_png, fingerprint
@@ -40,7 +40,8 @@ from diffalign.data.sources import Row, open_source
 from diffalign.data.tables import read_table, write_shard
 from diffalign.errors import ConfigError, DataError
 from diffalign.gallery import spearman, write_gallery
-from diffalign.scorers import Callback, Card, ScoreBatch, ScoreInput
+from diffalign.scorers import Callback, Card, ScoreBatch, ScoreInput, isolated
+from diffalign.scoring import make_scorer
 from diffalign.spread import distances, diversity
 from diffalign.tally import summary
 from diffalign.versus import compare
@@ -623,6 +624,18 @@ def test_references_are_refused_before_anything_is_scored(plugs, tmp_path: Path,
     with pytest.raises(ConfigError, match="subject needs reference pictures"):
         run(folder_of(tmp_path / "in", 1), tmp_path / "out", "plugs:brightness", "plugs:subject")
     assert not plugs.calls
+
+
+def test_references_are_part_of_the_number(tmp_path: Path) -> None:
+    """All pictures are compared with those of a folder; with other references it is another measurement."""
+    name = f"clip-i:{small_clip(tmp_path / 'clip')}"
+    folder, subject = folder_of(tmp_path / "in", 3), folder_of(tmp_path / "subject", 2, start=50)
+    run(folder, tmp_path / "out", name, references=str(subject), batch_size=2)
+    expected = make_scorer(name)(ScoreInput([picture(i) for i in range(3)], [""] * 3, [[picture(50), picture(51)]] * 3))
+    assert list(values(tmp_path / "out", "clip-i").values()) == pytest.approx(expected.values["clip-i"].tolist(), abs=1e-6)
+    assert run(folder, tmp_path / "out", name, references=str(subject)).cells == 0
+    assert run(folder, tmp_path / "out", name, references=str(folder_of(subject, 1, start=60))).cells == 3
+    assert len({r["version"] for r in read_table(tmp_path / "out", "scores").to_pylist()}) == 2
 
 
 def test_memory_stays_flat_over_many_rows_of_few_files(plugs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

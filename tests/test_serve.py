@@ -54,7 +54,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ScorerSe
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("DIFFALIGN_TOKEN", "secret")
     with ScorerServer(["served:pixels", "served:picky", "served:short", "shapes"], "secret", port=0, max_batch=4) as running:
-        thread = threading.Thread(target=running.serve_forever, daemon=True)
+        thread = threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         yield running
         running.shutdown()
