@@ -193,13 +193,12 @@ def test_the_documented_diff_is_a_real_objective(tmp_path: Path) -> None:
     """The lines that the diff adds make a class that passes the checks of every objective."""
     diff = re.search(r"^```diff\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.S | re.M)
     assert diff is not None
-    added = [x[1:] for x in diff[1].splitlines() if x.startswith("+") and not x.startswith("+++")]
-    body = "\n".join(x for x in added if not x.startswith(('        "ipo"', '    "ipo"')))
+    body = diff[1].partition("@@\n")[2].partition("--- a/")[0].replace("\n+", "\n").removeprefix("+")
     source = (ROOT / "diffalign/objectives/pairwise.py").read_text()
-    (tmp_path / "with_ipo.py").write_text(
-        source + "\n\n" + body + "\n\nfrom diffalign.testing import check_objective\ncheck_objective(IPO())\n"
+    (tmp_path / "with_it.py").write_text(
+        source + "\n\n" + body + "\n\nfrom diffalign.testing import check_objective\ncheck_objective(DiscoPOP())\n"
     )
-    done = subprocess.run([sys.executable, "with_ipo.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "with_it.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
