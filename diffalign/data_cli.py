@@ -161,6 +161,20 @@ def dedup(folder: Path, out: Path, exclude: tuple[str, ...], exact: bool, as_jso
     show({"rows": counts, "removed": reasons}, as_json, lines)
 
 
+@data.command()
+@FOLDER
+@OUT
+@click.option("--shots", default=4, show_default=True, help="Examples a user.")
+@JSON
+def profiles(folder: Path, out: Path, shots: int, as_json: bool) -> None:
+    """Write OUT (.jsonl): some examples of each user's taste, and the user's pairs that share nothing with them."""
+    from diffalign.profiles import write_profiles
+
+    said = write_profiles(folder, out, shots)
+    kept = f"{said['users']} users with {shots} examples each and {said['pairs']} other pairs, in {out}"
+    show(said, as_json, [f"{kept}; {said['users_left_out']} users have too few"])
+
+
 @data.command("export")
 @FOLDER
 @OUT

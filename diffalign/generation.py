@@ -75,6 +75,8 @@ class GenerateConfig(Spec):
     images_per_prompt: int = Field(default=1, ge=1)
     seed: int = Field(default=0, ge=0)
     sampling: Sampler = Sampler()
+    scheduler: str | None = None
+    """Another stock scheduler than the model's, by its class in diffusers, such as ``DPMSolverMultistepScheduler``."""
     preview: Preview | None = None
     start_from: StartFrom | None = None
     safety: Safety | None = None
@@ -231,7 +233,7 @@ class Maker:
         shared = {
             "seed": config.seed, "model": spec.path, "revision": spec.revision,
             "adapter": spec.lora.path if spec.lora else None,
-            "sampler": config.sampling.scheduler or type(model.scheduler).__name__,
+            "sampler": config.scheduler or type(model.scheduler).__name__,
             "num_inference_steps": config.sampling.num_inference_steps, "guidance_scale": config.sampling.guidance_scale,
             "versions": self.versions, "licence": config.licence,
         }  # fmt: skip
@@ -261,7 +263,7 @@ class Maker:
             return
         items = work.items if config.preview is None else self._previewed(model, work.items, on_batch)
         for batch in _batches(items, config.sampling.batch_size):
-            yield batch, sample(model, batch, config.sampling, config.seed, once=True)
+            yield batch, sample(model, batch, config.sampling, config.seed, once=True, scheduler=config.scheduler)
             if config.preview is None:
                 on_batch(len(batch))
 
@@ -277,7 +279,7 @@ class Maker:
         quick = config.sampling.model_copy(update={"num_inference_steps": preview.num_inference_steps})
         parts = []
         for batch in _batches(items, quick.batch_size):
-            parts.append(sample(model, batch, quick, config.seed, once=True))
+            parts.append(sample(model, batch, quick, config.seed, once=True, scheduler=config.scheduler))
             on_batch(len(batch))
         k = preview.images_per_prompt
         images = torch.cat(parts)
@@ -314,7 +316,8 @@ class Maker:
                 latents = model.encode_images(pixels)
             strength = low + (high - low) * unit(config.seed, first.prompt.id, first.k - first.k % config.images_per_prompt)
             for batch in _batches([work.items[n] for n in rows], config.sampling.batch_size):
-                yield batch, sample(model, batch, config.sampling, config.seed, start=latents, strength=strength, once=True)
+                more: dict[str, Any] = {"start": latents, "strength": strength, "once": True, "scheduler": config.scheduler}
+                yield batch, sample(model, batch, config.sampling, config.seed, **more)
                 on_batch(len(batch))
 
 

@@ -63,6 +63,8 @@ class DataSpec(Spec):
     """Cut each pair to the size of about that area that its winner's shape is nearest to, instead of to a square."""
     shuffle_labels: bool = False
     """Exchange winner and loser by a coin: the control that a method must beat."""
+    evaluation_prompts: Literal["refuse", "drop", "keep"] = "refuse"
+    """Training pairs whose prompt is evaluated on as well, whatever its case, punctuation and spaces."""
     swap_labels: bool = False
     """Train on the opposite preference, for a model to be guided away from (Diffusion-NPO)."""
     flip_labels: float = Field(default=0.0, ge=0, lt=0.5)
@@ -409,6 +411,7 @@ def train(config: TrainConfig, pairs: Sequence[Pair] | None = None) -> Run:
     import torch
     from accelerate.utils import set_seed
 
+    from diffalign.data.pairs import apart
     from diffalign.train.evaluate import evaluate, heldout_pairs
     from diffalign.train.feeds import Offline
     from diffalign.train.loop import fit
@@ -426,7 +429,8 @@ def train(config: TrainConfig, pairs: Sequence[Pair] | None = None) -> Run:
     training, held = build_examples(config, pairs)
     scorers = make_scorers(config.evaluate.scorers)
     if config.evaluate.enabled:
-        asked_of(config.evaluate, model)  # what is wrong with them shows before the training, not after it
+        asked = asked_of(config.evaluate, model)  # what is wrong with them shows before the training, not after it
+        training = apart(training, [p.text for p in asked], config.data.evaluation_prompts)
     size = (config.data.resolution,) * 2 if config.data.resolution else model.resolution
     shared: dict[str, Any] = {"size": size, "batch_size": s.per_device_train_batch_size, "seed": s.seed}
     shared["granularity"] = model.granularity if config.data.buckets else None

@@ -27,9 +27,6 @@ class Sampler(Spec):
     guidance_scale: float = Field(default=1.0, ge=1.0)
     """1 samples the conditional model itself; above 1, classifier-free guidance."""
     batch_size: int = Field(default=64, ge=1)
-    scheduler: str | None = None
-    """Another stock scheduler by its class in diffusers, such as ``DPMSolverMultistepScheduler``; the model's own if not
-    given."""
 
 
 @dataclass(frozen=True)
@@ -56,26 +53,24 @@ def unit(seed: int, prompt_id: str, k: int) -> float:
     return item_seed(seed, f"{prompt_id}|unit", k) / 2**63
 
 
-def solver_of(model: Model, settings: Sampler) -> Any:
-    """The model's own scheduler, or the one that is asked for with the same schedule of noise.
+def solver_of(model: Model, steps: int, name: str | None = None) -> Any:
+    """The model's own scheduler, or another of diffusers by its class, with the same schedule of noise.
 
     Raises:
         ConfigError: diffusers has none of that name, or the model cannot be sampled by it.
     """
-    if settings.scheduler is None:
-        return model.solver(settings.num_inference_steps)
+    if name is None:
+        return model.solver(steps)
     import diffusers
 
-    cls: Any = getattr(diffusers, settings.scheduler, None)
+    cls: Any = getattr(diffusers, name, None)
     if not hasattr(cls, "set_timesteps"):
-        raise ConfigError(f"sampling.scheduler: diffusers has no scheduler {settings.scheduler!r}")
+        raise ConfigError(f"scheduler: diffusers has no scheduler {name!r}")
     own = model.solver(1)
-    if model.kind == "flow" or settings.scheduler.startswith("FlowMatch"):
-        raise ConfigError(
-            f"sampling.scheduler: flow models are sampled by their own {type(own).__name__}", hint="leave it out"
-        )
+    if model.kind == "flow" or name.startswith("FlowMatch"):
+        raise ConfigError(f"scheduler: flow models are sampled by their own {type(own).__name__}", hint="leave it out")
     scheduler = cls.from_config(own.config)
-    scheduler.set_timesteps(settings.num_inference_steps)
+    scheduler.set_timesteps(steps)
     return scheduler
 
 
@@ -89,33 +84,34 @@ def sample(
     start: Tensor | None = None,
     strength: float = 1.0,
     once: bool = False,
+    scheduler: str | None = None,
 ) -> Tensor:
     """One batch of images, (B, 3, H, W) uint8 on the CPU.
 
     With ``start``, (1 or B, C, H, W) latents of given images, noise is added to them up to this ``strength`` of the schedule
-    and they are denoised from there. ``once`` encodes equal prompts of the batch once.
+    and they are denoised from there. ``once`` encodes equal prompts of the batch once; ``scheduler`` as in :func:`solver_of`.
     """
-    scheduler = solver_of(model, settings)
+    solver = solver_of(model, settings.num_inference_steps, scheduler)
     draws = generators(items, seed)
     x = torch.stack([torch.randn(model.latent_shape, generator=g) for g in draws])
     encode = partial(_encoded_once, model) if once else model.encode_prompts
     cond = encode([item.prompt.text for item in items])
     device = cond.embeds.device
-    timesteps = scheduler.timesteps
+    timesteps = solver.timesteps
     if start is None:
-        x = x.to(device) * getattr(scheduler, "init_noise_sigma", 1.0)  # flow schedulers scale nothing
+        x = x.to(device) * getattr(solver, "init_noise_sigma", 1.0)  # flow schedulers scale nothing
     else:
-        x, timesteps = _from(scheduler, start.to(device, x.dtype).expand(len(x), *start.shape[1:]), x.to(device), strength)
-    scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
+        x, timesteps = _from(solver, start.to(device, x.dtype).expand(len(x), *start.shape[1:]), x.to(device), strength)
+    scale = getattr(solver, "scale_model_input", lambda x, t: x)
     negative = None
     if settings.guidance_scale > 1 and any(item.prompt.negative for item in items):
         negative = encode([item.prompt.negative or None for item in items])
     # stochastic schedulers draw from the items' own generators
-    extra = {"generator": draws} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    extra = {"generator": draws} if "generator" in inspect.signature(solver.step).parameters else {}
     for t in timesteps:
         times = t.to(device).expand(len(x))
         out = model.predict(scale(x, t), times, cond, settings.guidance_scale, negative)
-        x = scheduler.step(out, t, x, **extra, return_dict=False)[0]
+        x = solver.step(out, t, x, **extra, return_dict=False)[0]
     return to_uint8(model.decode(x)).cpu()
 
 

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -377,15 +378,15 @@ def softened(images: Tensor, work: Path) -> Tensor:
 
 
 def build_second(work: Path) -> Any:
-    """The second judge: told the truth about damaged renders."""
+    """The second judge: told the truth about damaged renders, one network of them alone and one also of decoded ones."""
     from safetensors.torch import save_file
 
-    torch.manual_seed(SEED)
-    net = second.network()
     rng = np.random.default_rng((SEED, 10))
     neat = sample_layout(sample_scenes(20_000, "train", rng), rng)
     drawn, messy = clutter(30_000, rng)
     images = torch.from_numpy(np.concatenate([render(neat), drawn])).permute(0, 3, 1, 2)
+    torch.manual_seed(SEED)
+    nets = second.networks()
     soft = softened(images, work)
     palette, papers = (torch.tensor(list(c.values()), dtype=torch.float32) for c in (COLOURS, BACKGROUNDS))
 
@@ -401,9 +402,9 @@ def build_second(work: Path) -> Any:
     there = nn.functional.one_hot(colour, len(COLOURS)) * (shape >= 0)[..., None]  # (N, things, colours)
     once = there.sum(1) == 1  # where and what a colour is can be asked where one thing has it
 
-    def loss(step: int) -> Tensor:
+    def loss(net: nn.Module, share: float, step: int) -> Tensor:
         rows = torch.randint(len(images), (128,))
-        decoded = (torch.rand(128) < 0.6)[:, None, None, None]
+        decoded = (torch.rand(128) < share)[:, None, None, None]
         out = net(damage(torch.where(decoded, soft[rows], images[rows]).float() / 255))
         slot, ask = there[rows], once[rows]
         of = lambda v: (v[rows][..., None] * slot).sum(1)[ask]  # noqa: E731
@@ -416,12 +417,13 @@ def build_second(work: Path) -> Any:
             + 0.3 * ce(out["count"], (shape[rows] >= 0).sum(1))
         )
 
-    train("second", work, net, loss, steps=3500, lr=2e-3)
+    for name, net, share in zip(("second", "second-renders"), nets, (0.6, 0.0), strict=True):
+        train(name, work, net, partial(loss, net, share), steps=3500, lr=2e-3)
     folder = ASSETS / "shapes-second"
     folder.mkdir(parents=True, exist_ok=True)
-    half = {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
+    half = {k: v.half() if v.is_floating_point() else v for k, v in nets.state_dict().items()}
     save_file(half, folder / "model.safetensors")
-    return net
+    return nets
 
 
 def pack(work: Path) -> None:

@@ -24,6 +24,7 @@ from diffalign.data.prompts import normalised
 from diffalign.data.tables import read_table, shards_of, write_shard
 from diffalign.errors import ConfigError, DataError
 from diffalign.inspection import agreement, show_dataset, stats_of, validate_dataset
+from diffalign.profiles import write_profiles
 from diffalign.recipes import shapes_captions
 from diffalign.shapes.scene import sample_prompts
 from tests.conftest import picture
@@ -201,6 +202,37 @@ def test_no_split_leaks_whatever_the_images_link(
     for key in (lambda r: {r["prompt"]}, lambda r: {r["chosen_id"], r["rejected_id"]}):
         seen = [set().union(*(key(r) for r in side)) for side in both]
         assert not seen[0] & seen[1]
+
+
+def test_profiles_show_nothing_of_what_they_are_asked_about(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    pairs = []
+    for n in range(60):
+        a, b = rng.choice(30, 2, replace=False)
+        said = {"user": f"u{n % 3}", "p_win": 0.5 if n % 7 == 0 else 1.0, "pair_id": str(n)}
+        pairs.append(pair(f"i{a}", f"i{b}", f"Prompt {n // 4}", **said))
+    pairs += [pair("i0", "i1", user="rare"), pair("i2", "i3")]
+    make(tmp_path / "d", [image("i0", 0)], pairs)
+    words = ["data", "profiles", str(tmp_path / "d"), str(tmp_path / "p.jsonl"), "--shots", "2"]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    assert "1 users have too few" in result.output
+    first = (tmp_path / "p.jsonl").read_bytes()
+    CliRunner().invoke(main, words)
+    assert (tmp_path / "p.jsonl").read_bytes() == first
+    by_id = {p["pair_id"]: p for p in pairs}
+    lines = [json.loads(x) for x in first.splitlines()]
+    assert [x["user"] for x in lines] == ["u0", "u1", "u2"]
+    for line in lines:
+        assert len(line["examples"]) == 2
+        rest = [by_id[i] for i in line["pairs"]]
+        assert {r["user"] for r in rest} == {line["user"]}
+        assert all(r["p_win"] == 1.0 for r in rest)
+        assert not {e["prompt"] for e in line["examples"]} & {r["prompt"] for r in rest}
+        seen = {e[k] for e in line["examples"] for k in ("liked", "disliked")}
+        assert not seen & {r[k] for r in rest for k in ("chosen_id", "rejected_id")}
+    with pytest.raises(DataError, match="no user has 90 examples"):
+        write_profiles(tmp_path / "d", tmp_path / "p.jsonl", 90)
 
 
 # --- merge, dedup -----------------------------------------------------------------------------------------------------

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from PIL import Image
 
 from diffalign.data import images
 from diffalign.data.album import Album
+from diffalign.data.prompts import normalised
 from diffalign.data.sources import undecoded
 from diffalign.data.tables import read_table
 from diffalign.errors import DataError
@@ -139,6 +140,22 @@ def split_by_prompt(pairs: Sequence[P], share: float, salt: str = "heldout") -> 
         return int.from_bytes(digest[:8], "big") / 2**64 < share
 
     return [p for p in pairs if not held(p.prompt)], [p for p in pairs if held(p.prompt)]
+
+
+def apart(pairs: Sequence[P], evaluated: Iterable[str], action: Literal["refuse", "drop", "keep"]) -> list[P]:
+    """Training pairs without those of the prompts that are evaluated on.
+
+    Raises:
+        DataError: there are some, and they are refused; or nothing is left.
+    """
+    barred = {normalised(p) for p in evaluated}
+    kept = [p for p in pairs if action == "keep" or normalised(p.prompt) not in barred]
+    if len(kept) < len(pairs) and (action == "refuse" or not kept):
+        raise DataError(
+            f"{len(pairs) - len(kept)} of {len(pairs)} training pairs have a prompt that is evaluated on",
+            hint="data.evaluation_prompts=drop leaves them out, =keep trains on them",
+        )
+    return kept
 
 
 def shuffled_labels(pairs: Sequence[Pair], seed: int, share: float = 0.5) -> list[Pair]:
