@@ -11,12 +11,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from diffalign.data.files import write_json, write_text
+from diffalign.data.files import atomic, atomic_folder, write_json, write_text
 from diffalign.data.prompts import Prompt, normalised, read_prompts
 from diffalign.errors import ConfigError, DataError
 from diffalign.hub import cache_dir, licence, resolve
@@ -378,6 +379,9 @@ class Run:
 def resume_point(config: TrainConfig) -> Path | None:
     """The checkpoint to go on from; refuses a folder that already holds a run."""
     folder, wanted = Path(config.output_dir), config.resume_from
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError(f"output_dir: nothing can be written to {folder}: {there} is read-only or no folder")
     found = checkpoints(folder)
     if wanted in ("latest", "auto"):
         if not found and wanted == "latest":
@@ -386,6 +390,11 @@ def resume_point(config: TrainConfig) -> Path | None:
     if wanted is not None:
         if not (Path(wanted) / "state.json").exists():
             raise ConfigError(f"resume_from: {wanted} is not a checkpoint")
+        if found and found[-1].resolve() != Path(wanted).resolve():  # later ones would be taken for this run's
+            raise ConfigError(
+                f"resume_from: {folder} holds {found[-1].name}, not {wanted}, as its last",
+                hint="choose another output_dir, or delete the later checkpoints",
+            )
         return Path(wanted)
     if found or (folder / "metrics.jsonl").exists():
         raise ConfigError(
@@ -414,8 +423,6 @@ def train(config: TrainConfig, pairs: Sequence[Pair] | None = None) -> Run:
     accelerator = make_accelerator(s.mixed_precision, s.report_to, folder)
     main = accelerator.is_main_process
     resolved = dump(config)
-    if main:
-        write_text(folder / "config.resolved.yaml", resolved)
     set_seed(s.seed)
     make_optimizer([torch.nn.Parameter(torch.zeros(1))], s)  # if it cannot be had, say so now
     model = build_model(config.model).stage("pictures", accelerator.device)
@@ -424,8 +431,6 @@ def train(config: TrainConfig, pairs: Sequence[Pair] | None = None) -> Run:
     if config.evaluate.enabled:
         asked = asked_of(config.evaluate, model)  # what is wrong with them shows before the training, not after it
         training = apart(training, [p.text for p in asked], config.data.evaluation_prompts)
-    if main:
-        write_json(folder / "env.json", environment() | {"licences": licences(config)})
     size = (config.data.resolution,) * 2 if config.data.resolution else model.resolution
     shared: dict[str, Any] = {"size": size, "batch_size": s.per_device_train_batch_size, "seed": s.seed}
     shared["granularity"] = model.granularity if config.data.buckets else None
@@ -453,6 +458,9 @@ def train(config: TrainConfig, pairs: Sequence[Pair] | None = None) -> Run:
     state = TrainState(model, accelerator, s, config.reference)
     if checkpoint is not None:
         state.load(checkpoint)
+    if main:  # nothing was wrong: from here on the folder holds a run
+        write_text(folder / "config.resolved.yaml", resolved)
+        write_json(folder / "env.json", environment() | {"licences": licences(config)})
     tracker = Tracker(folder, accelerator, s.max_steps, s.report_to, config.model_dump(mode="json"))
 
     def heldout() -> dict[str, float]:
@@ -486,7 +494,7 @@ def train(config: TrainConfig, pairs: Sequence[Pair] | None = None) -> Run:
         model.stage("sample")
     if main:
         with unwrapped(state), final_weights(model, state.final_weights):
-            model.export(folder, about=about(config))
+            atomic_folder(folder, lambda to: model.export(to, about=about(config)))
             if config.evaluate.enabled:
                 metrics |= measure(model, config.evaluate, scorers, folder)
         write_json(folder / "metrics.json", metrics)
@@ -519,11 +527,19 @@ def asked_of(spec: EvaluateSpec, model: Model) -> list[Prompt]:
     """The prompts of an evaluation.
 
     Raises:
-        ConfigError: some are negative, and the model does not take them.
+        ConfigError: some are negative, and the model does not take them; or they are not what the exact judge can read.
     """
     prompts = prompts_of(spec.prompts, spec.num_prompts, spec.seed, spec.split_salt, spec.negative_prompt)
     if spec.sampling.guidance_scale > 1 and not model.takes_negative and any(p.negative for p in prompts):
         raise ConfigError(f"evaluate: {model.path} takes no negative prompts", hint="its guidance is distilled; drop them")
+    if "shapes" in spec.scorers:
+        from diffalign.shapes.scene import parse_caption
+
+        for prompt in prompts:
+            try:
+                parse_caption(prompt.text)
+            except DataError as e:
+                raise ConfigError(f"evaluate.scorers: shapes: {e.message}", hint="see diffalign list scorers") from e
     return prompts
 
 
@@ -575,7 +591,7 @@ def write_samples(folder: Path, base: Evaluation, aligned: Evaluation, limit: in
         row: dict[str, Any] = {"prompt": prompt}
         for name, e in (("base", base), ("aligned", aligned)):
             file = f"{i:03d}-{name}.png"
-            to_pil(e.images[i, :1])[0].save(folder / file)
+            atomic(folder / file, partial(to_pil(e.images[i, :1])[0].save, format="PNG"))
             row[name] = {
                 "file": file,
                 "values": {k: round(v[i, 0].item(), 4) for k, v in e.values.items() if v[i, 0].isfinite()},
@@ -648,7 +664,7 @@ def export_run(run: Path, format: Format, output: Path | None = None, dtype: str
         return out
     model = build_model(config.model.model_copy(update={"quantization": "none", "attention": None}))
     model.restore(run)
-    model.export(out, format, about(config))
+    atomic_folder(out, lambda to: model.export(to, format, about(config)))
     return out
 
 
