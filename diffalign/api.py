@@ -11,11 +11,12 @@ from pydantic import Field
 
 from diffalign.models import LoRA, ModelSpec
 from diffalign.objectives import SFT, MaPO, Objective, Sigmoid
-from diffalign.recipes import DataSpec, EvaluateSpec, Run, TrainConfig, evaluate_run, ready_model, train
+from diffalign.recipes import EvaluateSpec, Run, TrainConfig, evaluate_run, ready_model, train
 from diffalign.sampling import Sampler
 from diffalign.spec import validate
 from diffalign.timesteps import TIMESTEPS, TimestepPolicy, Uniform
 from diffalign.train.state import TrainSettings
+from diffalign.training_data import DataSpec
 
 if TYPE_CHECKING:
     from PIL.Image import Image
