@@ -1179,7 +1179,9 @@ def test_make_scorers_takes_names_paths_and_callables(
         "    def __call__(self, batch):\n        return ScoreBatch({'mine': torch.ones(len(batch))})\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    scorers = make_scorers(["shapes", "taste:size", f"clip:{clip_folder}", "own_scorers:f", "own_scorers:Mine", "compressibility"])
+    scorers = make_scorers(
+        ["shapes", "taste:size", f"clip:{clip_folder}", "own_scorers:f", "own_scorers:Mine", "compressibility"]
+    )
     assert [s.name for s in scorers] == ["shapes", "taste_size", "clip", "f", "mine", "compressibility"]
     assert scorers[3](ScoreInput(PICTURES, PROMPTS)).values["f"].tolist() == [len(p) for p in PROMPTS]
     assert scorers[4](ScoreInput(PICTURES, PROMPTS)).values["mine"].tolist() == [1, 1, 1]
