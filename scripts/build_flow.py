@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from diffalign.shapes import build
 
-LAYOUT_STEPS, TRUE_STEPS, WRONG_STEPS = 3000, 2500, 4500
+LAYOUT_STEPS, TRUE_STEPS, WRONG_STEPS = 3000, 2300, 1800
 SHIFT = 1.0
 
 
@@ -34,6 +34,7 @@ def assemble(net: Any, work: Path) -> Any:
     torch.manual_seed(SEED)
     second = build.second_text_encoder(text.config.vocab_size)
     vae = AutoencoderKL.from_pretrained(base / "vae")
+    vae.register_to_config(_name_or_path="shapes-unet/vae")
     for part in (vae, text, second):
         part.requires_grad_(False).eval()
     return build.flow_pipeline(net, vae, text, second, build.tokenizer(work / "tokenizer"), SHIFT)
@@ -79,7 +80,7 @@ def build_dit(work: Path) -> Any:
     # a velocity is told what goes where from the start; the rate of learning falls only in the last stage
     train("dit", work, net, lambda step: loss(step, TRUE, True, 21), 7000, lr=1e-3, ema=0.999, stop=LAYOUT_STEPS)
     train("dit-outlines", work, net, lambda step: loss(step, TRUE, False, 22), 7000, lr=1e-3, ema=0.999, stop=TRUE_STEPS)
-    train("dit-wrong", work, net, lambda step: loss(step, WORSE, False, 23), WRONG_STEPS, lr=8e-4, ema=0.999)
+    train("dit-wrong", work, net, lambda step: loss(step, WORSE, False, 23), WRONG_STEPS, lr=8e-4, ema=0.998)
     return net
 
 
