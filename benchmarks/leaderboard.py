@@ -5,6 +5,7 @@
     python benchmarks/leaderboard.py table              # print the table and write docs/leaderboard.md
     python benchmarks/leaderboard.py select dpo-lora objective.beta=1000 train.learning_rate=3e-4
                                                         # one trial on the select split, appended to trials.jsonl
+    python benchmarks/leaderboard.py --world dit run    # the same on the flow world, in results/dit
 
 Test prompts are never used to choose: settings come from ``select``. A row is ``results/ROW-SEED.json`` with one value
 per prompt, the hashes of configuration, assets and prompts, and the cost; mixed hashes are refused.
@@ -29,8 +30,6 @@ WORK = ROOT / "runs" / "leaderboard"
 SEEDS = (0, 1, 2)
 PROMPTS, PER_PROMPT = 512, 2
 COST = ("seed", "train_seconds", "denoiser_passes", "images_generated", "drift/winner", "drift/loser")
-KINDS = ("colour", "shape", "count", "relation", "background")
-CONFIG = ROOT / "configs" / "shapes-dpo.yaml"
 
 
 @dataclass(frozen=True)
@@ -97,6 +96,12 @@ ROWS: dict[str, Row] = {
     "dpo-guided": Row("Diffusion-DPO, LoRA, on the same guided pairs", pairs=GUIDED),
     "dpo-rounds-at-4": Row("the weights of dpo-rounds, sampled at guidance 4", sampled_again=("dpo-rounds", 4.0)),
 }  # fmt: skip
+DIT_ROWS = {
+    "dpo-lora": ROWS["dpo-lora"],
+    "sft-winners": Row("SFT on the winners (control)", ("objective.type=sft",)),
+    "dpo-shuffled": ROWS["dpo-shuffled"],
+    "mapo-lora": ROWS["mapo-lora"],
+}
 CONTROLS = {
     "base": "the base",
     "best-of-4": "best of 4 of the base by the learned CLIP (4 times the inference)",
@@ -104,8 +109,36 @@ CONTROLS = {
 }
 
 
+@dataclass(frozen=True)
+class World:
+    """A base, its main job, and where its rows are kept. Rows of two worlds never stand in one table."""
+
+    name: str
+    what: str
+    model: str
+    pairs: str
+    config: Path
+    rows: dict[str, Row]
+    controls: dict[str, str]
+    results: Path
+    work: Path
+
+
+WORLDS = {
+    "unet": World(
+        "unet", "The UNet: noise prediction, shapes-unet", "shapes-unet", "shapes-pairs", ROOT / "configs" / "shapes-dpo.yaml",
+        ROWS, CONTROLS, RESULTS, WORK,
+    ),
+    "dit": World(
+        "dit", "The flow world: an MMDiT on a straight path, shapes-dit", "shapes-dit", "shapes-dit-pairs",
+        ROOT / "configs" / "shapes-dit-dpo.yaml", DIT_ROWS, {"base": CONTROLS["base"]}, RESULTS / "dit", WORK / "dit",
+    ),
+}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", choices=WORLDS, default="unet")
     verbs = parser.add_subparsers(dest="verb", required=True)
     run = verbs.add_parser("run")
     run.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join([*CONTROLS, *ROWS])}")
@@ -116,59 +149,61 @@ def main() -> None:
     select.add_argument("row", choices=ROWS)
     select.add_argument("overrides", nargs="*")
     args = parser.parse_args()
+    world = WORLDS[args.world]
+    known = [*world.controls, *world.rows]
+    if unknown := {*getattr(args, "rows", ()), *([args.row] if args.verb == "select" else ())} - set(known):
+        parser.error(f"unknown row {sorted(unknown)[0]}; {world.name} has {', '.join(known)}")
     if args.verb == "run":
-        unknown = set(args.rows) - set(CONTROLS) - set(ROWS)
-        if unknown:
-            parser.error(f"unknown row {sorted(unknown)[0]}")
-        fill(args.rows or [*CONTROLS, *ROWS], args.seeds, args.minutes)
+        fill(world, args.rows or known, args.seeds, args.minutes)
     elif args.verb == "select":
-        trial(args.row, args.overrides)
+        trial(world, args.row, args.overrides)
     else:
-        print(write_table())
+        print(write_tables())
 
 
 # --- running --------------------------------------------------------------------------------------------------------
 
 
-def fill(rows: Sequence[str], seeds: Sequence[int], minutes: float) -> None:
+def fill(world: World, rows: Sequence[str], seeds: Sequence[int], minutes: float) -> None:
     """Run what is missing, row by row."""
+    world.results.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     for name in rows:
-        for seed in (None,) if name in CONTROLS else seeds:
-            path = RESULTS / (f"{name}.json" if seed is None else f"{name}-{seed}.json")
+        for seed in (None,) if name in world.controls else seeds:
+            path = world.results / (f"{name}.json" if seed is None else f"{name}-{seed}.json")
             if path.exists():
                 continue
             if minutes and time.monotonic() - began > 60 * minutes:
                 print("time is up; run again to go on", file=sys.stderr)
                 return
             print(f"== {path.stem}", file=sys.stderr)
-            write(path, control(name) if seed is None else run_row(name, seed))
+            write(path, control(world, name) if seed is None else run_row(world, name, seed))
 
 
-def run_row(name: str, seed: int) -> dict[str, Any]:
+def run_row(world: World, name: str, seed: int) -> dict[str, Any]:
     """Train one row with one seed and measure it on the test prompts."""
     from diffalign.train.tracking import read_metrics
 
-    row = ROWS[name]
+    row = world.rows[name]
     if row.sampled_again:
         other, guidance = row.sampled_again
-        trained = json.loads((RESULTS / f"{other}-{seed}.json").read_text())
-        folder = final_folder(other, seed)
-        return measured(name, folder, "shapes:test", guidance=guidance) | {k: trained[k] for k in COST}
-    folder, seconds, passes, generated = WORK / f"{name}-{seed}", 0.0, 0, 0
+        trained = json.loads((world.results / f"{other}-{seed}.json").read_text())
+        folder = final_folder(world, other, seed)
+        return measured(world, name, folder, "shapes:test", guidance=guidance) | {k: trained[k] for k in COST}
+    folder, seconds, passes, generated = world.work / f"{name}-{seed}", 0.0, 0, 0
     previous: Path | None = None
     for n in range(row.rounds):
-        data = pairs_for(row, n, previous)
+        data = pairs_for(world, row, n, previous)
         generated += data[1]
         out = folder if row.rounds == 1 else folder / f"round-{n}"
         extra = [f"data.path={data[0]}", f"train.seed={seed}", "evaluate.enabled=false"]
         if previous is not None:  # go on from the last round; the reference moves along
             extra.append(f"model.lora.path={previous}")
-        metrics = train_once([*row.overrides, *extra], out)
+        metrics = train_once(world, [*row.overrides, *extra], out)
         seconds, passes, previous = seconds + metrics["train_seconds"], passes + metrics["denoiser_passes"], out
-    final = final_folder(name, seed)
+    final = final_folder(world, name, seed)
     last = next(x for x in reversed(read_metrics(final)) if "heldout/drift/winner" in x)
-    return measured(name, final, "shapes:test") | {
+    return measured(world, name, final, "shapes:test") | {
         "seed": seed,
         "train_seconds": round(seconds, 1),
         "denoiser_passes": passes,
@@ -177,12 +212,12 @@ def run_row(name: str, seed: int) -> dict[str, Any]:
     }
 
 
-def final_folder(name: str, seed: int) -> Path:
-    folder, rounds = WORK / f"{name}-{seed}", ROWS[name].rounds
+def final_folder(world: World, name: str, seed: int) -> Path:
+    folder, rounds = world.work / f"{name}-{seed}", world.rows[name].rounds
     return folder if rounds == 1 else folder / f"round-{rounds - 1}"
 
 
-def pairs_for(row: Row, n: int, previous: Path | None) -> tuple[str, int]:
+def pairs_for(world: World, row: Row, n: int, previous: Path | None) -> tuple[str, int]:
     """The pairs of a round, made where they are missing, and how many images that took."""
     from diffalign.recipes import PairsConfig, make_pairs
     from diffalign.spec import validate
@@ -191,35 +226,39 @@ def pairs_for(row: Row, n: int, previous: Path | None) -> tuple[str, int]:
     from build_assets import PAIRS
 
     if not row.pairs:
-        return "shapes-pairs", PAIRS["num_prompts"] * PAIRS["images_per_prompt"]
+        return world.pairs, PAIRS["num_prompts"] * PAIRS["images_per_prompt"]
     settings = {**PAIRS, "seed": 7 + 100 * n, **row.pairs}
+    if world.name != "unet":
+        settings |= {"model": {"path": world.model}}
     if previous is not None:
-        settings |= {"adapter": str(previous), "model": {"path": "shapes-unet", "lora": lora_spec()}}
+        settings |= {"adapter": str(previous), "model": {"path": world.model, "lora": lora_spec(world)}}
     # rows and seeds that ask for the same pairs share them; fresh ones come from the seed's own model
-    folder = WORK / f"pairs-{digest(json.dumps(settings).replace(str(WORK), '').encode())}"
+    folder = world.work / f"pairs-{digest(json.dumps(settings).replace(str(world.work), '').encode())}"
     settings["output_dir"] = str(folder)
     config = validate(PairsConfig, settings)
     make_pairs(config)
     return str(folder), config.num_prompts * config.images_per_prompt
 
 
-def lora_spec() -> dict[str, Any]:
+def lora_spec(world: World) -> dict[str, Any]:
     from diffalign.spec import load_yaml
 
-    return load_yaml(CONFIG)["model"]["lora"]
+    return load_yaml(world.config)["model"]["lora"]
 
 
-def train_once(overrides: Sequence[str], folder: Path) -> dict[str, Any]:
+def train_once(world: World, overrides: Sequence[str], folder: Path) -> dict[str, Any]:
     """Train in this process; a finished run is read back, an unfinished one goes on."""
     from diffalign.recipes import TrainConfig, train
     from diffalign.spec import load
 
     if (folder / "metrics.json").exists():
         return json.loads((folder / "metrics.json").read_text())
-    return train(load(TrainConfig, CONFIG, [*overrides, f"output_dir={folder}", "resume_from=auto"])).metrics
+    return train(load(TrainConfig, world.config, [*overrides, f"output_dir={folder}", "resume_from=auto"])).metrics
 
 
-def measured(name: str, run: Path | None, prompts: str, count: int = PROMPTS, guidance: float | None = None) -> dict[str, Any]:
+def measured(
+    world: World, name: str, run: Path | None, prompts: str, count: int = PROMPTS, guidance: float | None = None
+) -> dict[str, Any]:
     """Per-prompt means of every value, of a run or of the base."""
     from diffalign import stats
     from diffalign.recipes import EvaluateSpec, TrainConfig, build_model, prompts_of
@@ -227,9 +266,9 @@ def measured(name: str, run: Path | None, prompts: str, count: int = PROMPTS, gu
     from diffalign.spec import load
     from diffalign.train.evaluate import evaluate
 
-    config = load(TrainConfig, CONFIG if run is None else run / "config.resolved.yaml", ["output_dir=unused"])
+    config = load(TrainConfig, world.config if run is None else run / "config.resolved.yaml", ["output_dir=unused"])
     spec: EvaluateSpec = config.evaluate
-    scorers = make_scorers(ROWS[name].scorers if name in ROWS else ("shapes", "taste:size"))
+    scorers = make_scorers(world.rows[name].scorers if name in world.rows else ("shapes", "taste:size"))
     model = build_model(config.model)
     if run is not None:
         model.restore(run)
@@ -238,9 +277,11 @@ def measured(name: str, run: Path | None, prompts: str, count: int = PROMPTS, gu
     result = evaluate(model, said, scorers, sampling, per_prompt=PER_PROMPT, seed=spec.seed)
     return {
         "row": name,
+        "world": world.name,
         "values": per_prompt(result.values),
         "diversity": stats.diversity(result.images.double() / 255),
-        "hashes": hashes(spec, said) | {"config": digest((Path(run) / "config.resolved.yaml").read_bytes()) if run else ""},
+        "hashes": hashes(world, spec, said)
+        | {"config": digest((Path(run) / "config.resolved.yaml").read_bytes()) if run else ""},
     }
 
 
@@ -250,7 +291,7 @@ def per_prompt(values: dict[str, Any]) -> dict[str, list[float]]:
     return {k: [round(x, 6) for x in v[v.isfinite()].tolist()] for k, v in means.items()}
 
 
-def control(name: str) -> dict[str, Any]:
+def control(world: World, name: str) -> dict[str, Any]:
     """The base with its ceiling, or the best of four of its samples by the learned reward."""
     import torch
 
@@ -260,9 +301,9 @@ def control(name: str) -> dict[str, Any]:
     from diffalign.train.evaluate import Evaluation, evaluate, score_images
 
     if name == "base-guided":
-        return measured(name, None, "shapes:test", guidance=4.0)
-    out = measured(name, None, "shapes:test") if name == "base" else {}
-    config = load(TrainConfig, CONFIG, ["output_dir=unused"])
+        return measured(world, name, None, "shapes:test", guidance=4.0)
+    out = measured(world, name, None, "shapes:test") if name == "base" else {}
+    config = load(TrainConfig, world.config, ["output_dir=unused"])
     model, said = build_model(config.model), prompts_of("shapes:test", PROMPTS, config.evaluate.seed)
     judge = make_scorers(("shapes", "taste:size"))
     texts = tuple(p.text for p in said)
@@ -279,34 +320,36 @@ def control(name: str) -> dict[str, Any]:
 
     return {
         "row": name,
+        "world": world.name,
         "values": per_prompt(values),
         "diversity": stats.diversity(images.double() / 255),
-        "hashes": hashes(config.evaluate, said) | {"config": ""},
+        "hashes": hashes(world, config.evaluate, said) | {"config": ""},
     }
 
 
-def trial(name: str, overrides: Sequence[str]) -> None:
+def trial(world: World, name: str, overrides: Sequence[str]) -> None:
     """One setting on the select split; every trial is counted."""
-    row = ROWS[name]
-    folder = WORK / "trials" / digest(" ".join([name, *overrides]).encode())
-    data, _ = pairs_for(row, 0, None)
+    row = world.rows[name]
+    folder = world.work / "trials" / digest(" ".join([name, *overrides]).encode())
+    data, _ = pairs_for(world, row, 0, None)
     shutil.rmtree(folder, ignore_errors=True)
-    metrics = train_once([*row.overrides, f"data.path={data}", "train.seed=0", "evaluate.enabled=false", *overrides], folder)
-    found = measured(name, folder, "shapes:select", 256)
-    base = RESULTS / "select-base.json"
+    extra = [f"data.path={data}", "train.seed=0", "evaluate.enabled=false"]
+    metrics = train_once(world, [*row.overrides, *extra, *overrides], folder)
+    found = measured(world, name, folder, "shapes:select", 256)
+    base = world.results / "select-base.json"
     if not base.exists():
-        write(base, measured("base", None, "shapes:select", 256))
+        write(base, measured(world, "base", None, "shapes:select", 256))
     before = json.loads(base.read_text())["values"]
     means = {k: sum(v) / len(v) for k, v in found["values"].items()}
     line = {
         "row": name,
         "overrides": list(overrides),
-        "config": digest(CONFIG.read_bytes()),
+        "config": digest(world.config.read_bytes()),
         "train_seconds": metrics["train_seconds"],
         **{k: round(m, 4) for k, m in means.items()},
         **{f"{k}_gain": round(m - sum(before[k]) / len(before[k]), 4) for k, m in means.items() if k in ("exact", "score")},
     }
-    with (RESULTS / "trials.jsonl").open("a") as f:
+    with (world.results / "trials.jsonl").open("a") as f:
         f.write(json.dumps(line) + "\n")
     print(json.dumps(line))
 
@@ -318,11 +361,11 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:12]
 
 
-def hashes(spec: Any, prompts: Sequence[Any]) -> dict[str, str]:
+def hashes(world: World, spec: Any, prompts: Sequence[Any]) -> dict[str, str]:
     """What must agree between rows that stand in one table."""
     from diffalign.shapes import asset
 
-    weights = b"".join(p.read_bytes() for p in sorted(asset("shapes-unet").rglob("*.safetensors")))
+    weights = b"".join(p.read_bytes() for p in sorted(asset(world.model).rglob("*.safetensors")))
     return {
         "assets": digest(weights),
         "prompts": digest(json.dumps([p.id for p in prompts]).encode()),
@@ -336,90 +379,24 @@ def write(path: Path, value: dict[str, Any]) -> None:
     write_text(path, json.dumps(value) + "\n")
 
 
-# --- the table ------------------------------------------------------------------------------------------------------
+# --- the tables -----------------------------------------------------------------------------------------------------
 
 
-def write_table() -> str:
+def write_tables() -> str:
     """The leaderboard as Markdown, also written to docs/leaderboard.md."""
-    import torch
+    from table import HEAD, table
 
-    from diffalign import stats
-
-    base = json.loads((RESULTS / "base.json").read_text())
-    trials = (
-        [json.loads(x) for x in (RESULTS / "trials.jsonl").read_text().splitlines()]
-        if (RESULTS / "trials.jsonl").exists()
-        else []
-    )
-    top, low = base["ceiling"]["exact"], mean(base["values"]["exact"])
-    lines = [
-        "| row | | seeds | exact | gain in exact, 95 % | each seed | gap closed | facts | clean | size | diversity"
-        " | drift w | drift l | passes | s | trials |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    kinds = [f"| row | {' | '.join(KINDS)} |", "|---|" + "---|" * len(KINDS)]
-    gains: dict[str, torch.Tensor] = {}
-    for name, what in {**CONTROLS, **{k: r.what for k, r in ROWS.items()}}.items():
-        files = [RESULTS / f"{name}.json"] if name in CONTROLS else [RESULTS / f"{name}-{s}.json" for s in SEEDS]
-        runs = [json.loads(f.read_text()) for f in files if f.exists()]
-        if not runs:
-            continue
-        for run in runs:
-            if any(run["hashes"][k] != base["hashes"][k] for k in ("assets", "prompts", "evaluation")):
-                raise SystemExit(f"{name}: its hashes differ from the base's; delete its results and run it again")
-        exact = torch.tensor([r["values"]["exact"] for r in runs])
-        gain = exact - torch.tensor(base["values"]["exact"])
-        gains[name] = gain
-        e = stats.bootstrap_mean(gain)
-        others = [f"{mean([mean(r['values'][k]) for r in runs]):.3f}" for k in ("score", "cleanliness", "taste_size")]
-        tried = sum(t["row"] == name for t in trials)
-        figures = {"drift/winner": "+.4f", "drift/loser": "+.4f", "denoiser_passes": ".0f", "train_seconds": ".0f"}
-        cost = [f"{mean([r[k] for r in runs]):{form}}" if k in runs[0] else "" for k, form in figures.items()]
-        shown = "" if name == "base" else f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]"
-        each = "" if name in CONTROLS else ", ".join(f"{g:+.3f}" for g in gain.mean(1).tolist())
-        closed = "" if name == "base" else f"{100 * e.value / (top - low):.1f} %"
-        diverse = f"{mean([r['diversity'] for r in runs]):.3f}"
-        cells = [name, what, str(len(runs)), f"{exact.mean():.3f}", shown, each, closed, *others, diverse, *cost, str(tried)]
-        lines.append(f"| {' | '.join(cells)} |")
-        held = [f"{mean([mean(r['values'][k]) for r in runs]):.3f}" for k in KINDS]
-        kinds.append(f"| {' | '.join([name, *held])} |")
-    out = ["\n".join(lines), "How often each kind of fact holds:", "\n".join(kinds)]
-    out += [f"Ceiling (perfect drawings through the base's autoencoder): exact {top:.3f}."]
-    if taste := [json.loads(f.read_text()) for s in SEEDS if (f := RESULTS / f"dpo-taste-{s}.json").exists()]:
-        moved = torch.tensor([r["values"]["taste_size"] for r in taste]) - torch.tensor(base["values"]["taste_size"])
-        e = stats.bootstrap_mean(moved)
-        out.append(
-            f"A taste for size moves the drawn area from {mean(base['values']['taste_size']):.3f} by {e.value:+.3f}"
-            f" [{e.low:+.3f}, {e.high:+.3f}] and makes it larger for {100 * (moved > 0).float().mean():.0f} % of prompts."
-        )
-    versus = [("dpo-lora", x) for x in ("sft-winners", "dpo-shuffled", "mapo-lora", "dpo-clip", "dpo-full")]
-    for one, other in [
-        *versus,
-        ("dpo-more", "dpo-lora"),
-        ("dpo-rounds", "dpo-lora"),
-        ("dpo-guided", "sft-guided"),
-        ("dpo-rounds-at-4", "base-guided"),
-    ]:
-        if one in gains and other in gains and gains[other].shape[0] in (1, gains[one].shape[0]):
-            e = stats.bootstrap_mean(gains[one] - gains[other])
-            out.append(f"{one} over {other}: {e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}] in exact.")
-    text = "\n\n".join(out)
-    head = (
-        "# Leaderboard\n\nA world of 32 px and a model of 3 million parameters: it says which method works and why, and does"
-        " not predict beta, learning rate or rank for large models.\n\n"
-        f"{PROMPTS} test prompts x {PER_PROMPT} seeds, paired with the base at the same seeds; intervals are a bootstrap over"
-        " prompts crossed with training seeds. Settings were chosen on the select split; `trials` counts how many were"
-        " tried. Drift: how much the denoising error on held-out winners and losers rose."
-        " Passes: forwards of one image through the denoiser, a backward counted twice, policy and reference."
-        " Printed by `python benchmarks/leaderboard.py table`.\n\n"
-    )
-    (ROOT / "docs").mkdir(exist_ok=True)
-    (ROOT / "docs" / "leaderboard.md").write_text(head + text + "\n")
+    parts = [HEAD.format(prompts=PROMPTS, per_prompt=PER_PROMPT)]
+    for world in WORLDS.values():
+        if (world.results / "base.json").exists():
+            rows = world.controls | {k: r.what for k, r in world.rows.items()}
+            parts += [
+                f"## {world.what}",
+                table(world.results, rows, {k: (None,) if k in world.controls else SEEDS for k in rows}),
+            ]
+    text = "\n\n".join(parts)
+    (ROOT / "docs" / "leaderboard.md").write_text(text + "\n")
     return text
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 if __name__ == "__main__":

@@ -460,6 +460,14 @@ def build_pairs(work: Path) -> None:
     make_pairs(validate(PairsConfig, {**PAIRS, "output_dir": str(ASSETS / "shapes-pairs")}))
 
 
+def build_flow(work: Path) -> None:
+    """The flow world, which takes its autoencoder and its text encoder from the pipeline above."""
+    import build_flow
+
+    for stage in build_flow.STAGES.values():
+        stage(work)
+
+
 def main() -> None:
     stages: dict[str, Callable[[Path], Any]] = {
         "vae": build_vae,
@@ -469,6 +477,7 @@ def main() -> None:
         "clip": build_clip,
         "second": build_second,
         "pairs": build_pairs,
+        "flow": build_flow,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(

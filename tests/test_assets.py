@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -20,29 +21,44 @@ def size_mb(folder: Path) -> float:
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e6
 
 
-def test_sizes() -> None:
-    assert size_mb(asset("shapes-unet")) <= 12
-    assert size_mb(asset("shapes-pairs")) <= 6
+WORLDS = {"shapes-unet": ("shapes-pairs", "shapes-dpo"), "shapes-dit": ("shapes-dit-pairs", "shapes-dit-dpo")}
+each_world = pytest.mark.parametrize("name", WORLDS)
 
 
-def test_stock_diffusers_loads_the_pipeline_and_draws_the_same() -> None:
-    from diffusers import StableDiffusionPipeline
+@each_world
+def test_sizes(name: str) -> None:
+    assert size_mb(asset(name)) <= 12
+    assert size_mb(asset(WORLDS[name][0])) <= 6
+
+
+# the stock SD3 pipeline is told that there is no T5, and that no tokens stand in its place
+STOCK = {
+    "shapes-unet": ("StableDiffusionPipeline", {}, {}),
+    "shapes-dit": ("StableDiffusion3Pipeline", {"text_encoder_3": None, "tokenizer_3": None}, {"max_sequence_length": 0}),
+}
+
+
+@each_world
+def test_stock_diffusers_loads_the_pipeline_and_draws_the_same(name: str) -> None:
+    import diffusers
 
     from diffalign.data.prompts import Prompt
     from diffalign.sampling import Item, Sampler, generate, generators
 
     prompts = [Prompt(p.text) for p in prompts_of("shapes:select", 4)]
-    ours = generate(build_model(ModelSpec(path="shapes-unet")), prompts, Sampler(guidance_scale=2.0), seed=1)[:, 0]
-    pipe = StableDiffusionPipeline.from_pretrained(asset("shapes-unet"))
+    ours = generate(build_model(ModelSpec(path=name)), prompts, Sampler(guidance_scale=2.0), seed=1)[:, 0]
+    pipeline, absent, call = STOCK[name]
+    pipe = getattr(diffusers, pipeline).from_pretrained(asset(name), **absent)
     pipe.set_progress_bar_config(disable=True)
     latents = torch.stack([torch.randn(6, 8, 8, generator=g) for g in generators([Item(p, 0) for p in prompts], 1)])
     texts = [p.text for p in prompts]
-    out = pipe(texts, latents=latents, num_inference_steps=20, guidance_scale=2.0, output_type="pt").images
+    out = pipe(texts, latents=latents, num_inference_steps=20, guidance_scale=2.0, output_type="pt", **call).images
     assert torch.equal(to_uint8(out), ours)
 
 
-def test_the_autoencoder_keeps_the_facts() -> None:
-    model = build_model(ModelSpec(path="shapes-unet"))
+@each_world
+def test_the_autoencoder_keeps_the_facts(name: str) -> None:
+    model = build_model(ModelSpec(path=name))
     scenes = sample_scenes(1000, "test", np.random.default_rng(21))
     pixels = torch.from_numpy(draw(scenes, np.random.default_rng(22))).permute(0, 3, 1, 2).float() / 255
     out = torch.cat([to_uint8(model.decode(model.encode_images(p))) for p in torch.split(pixels, 125)])
@@ -50,8 +66,9 @@ def test_the_autoencoder_keeps_the_facts() -> None:
     assert np.mean([v.exact for v in verdicts]) >= 0.95
 
 
-def test_pairs_come_from_train_prompts_only_and_prefer_better_images() -> None:
-    pairs = read_pairs(asset("shapes-pairs"), 200)
+@each_world
+def test_pairs_come_from_train_prompts_only_and_prefer_better_images(name: str) -> None:
+    pairs = read_pairs(asset(WORLDS[name][0]), 200)
     assert {parse_caption(p.prompt).split() for p in pairs} == {"train"}
     scorer = make_scorers(["shapes"])[0]
     from diffalign.scorers import ScoreInput
@@ -62,14 +79,30 @@ def test_pairs_come_from_train_prompts_only_and_prefer_better_images() -> None:
     assert (reward[0] > reward[1]).all()
 
 
+@each_world
+def test_the_main_job_starts_at_ln_2_and_moves(name: str, tmp_path: Path) -> None:
+    from diffalign.recipes import TrainConfig, train
+    from diffalign.spec import load
+    from diffalign.train.tracking import read_metrics
+
+    small = ["max_steps=2", "per_device_train_batch_size=4", "warmup_steps=1", "logging_steps=1", "eval_steps=0"]
+    overrides = [*(f"train.{s}" for s in small), "data.limit=20", "evaluate.enabled=false", f"output_dir={tmp_path}"]
+    train(load(TrainConfig, Path(__file__).parents[1] / "configs" / f"{WORLDS[name][1]}.yaml", overrides))
+    first, second = (line for line in read_metrics(tmp_path) if "margin" in line)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["margin"] == 0
+    assert second["margin"] != 0
+
+
 @pytest.mark.slow
-def test_the_base_fails_by_chance_and_not_by_ignorance() -> None:
+@each_world
+def test_the_base_fails_by_chance_and_not_by_ignorance(name: str) -> None:
     from diffalign.recipes import TrainConfig
     from diffalign.spec import load
     from diffalign.train.evaluate import evaluate
 
-    config = load(TrainConfig, Path(__file__).parents[1] / "configs" / "shapes-dpo.yaml")
-    model = build_model(ModelSpec(path="shapes-unet"))
+    config = load(TrainConfig, Path(__file__).parents[1] / "configs" / f"{WORLDS[name][1]}.yaml")
+    model = build_model(ModelSpec(path=name))
     prompts = prompts_of("shapes:test", 256, 1)
     result = evaluate(model, prompts, make_scorers(["shapes"]), config.evaluate.sampling, per_prompt=1)
     verdicts = judge(result.images[:, 0].permute(0, 2, 3, 1).numpy(), [p.text for p in prompts])

@@ -189,6 +189,14 @@ def test_the_python_example_runs(tmp_path: Path, tiny: Path, pairs_csv: Path, mo
     assert (tmp_path / "circle.png").stat().st_size > 0
 
 
+def test_the_flow_world_draws_in_the_stock_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = (b for b in blocks("world.md") if "StableDiffusion3Pipeline" in b)
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "world.md", "exec"), {})
+    assert (tmp_path / "flow.png").stat().st_size > 0
+
+
 def test_the_documented_diff_is_a_real_objective(tmp_path: Path) -> None:
     """The lines that the diff adds make a class that passes the checks of every objective."""
     diff = re.search(r"^```diff\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.S | re.M)

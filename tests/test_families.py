@@ -464,9 +464,11 @@ def test_families_are_listed_with_what_they_were_tested_with() -> None:
     result = CliRunner().invoke(main, ["list", "models"])
     lines = {line.split()[1].rstrip(":"): line for line in result.output.splitlines()}
     assert lines.keys() == models.FAMILIES.keys()
-    assert lines["StableDiffusionPipeline"].endswith("tested with trained weights: the built-in shapes-unet")
+    built_in = {"StableDiffusionPipeline": "shapes-unet", "StableDiffusion3Pipeline": "shapes-dit"}
     for pipeline, line in lines.items():
-        if pipeline != "StableDiffusionPipeline":
+        if pipeline in built_in:
+            assert line.endswith(f"tested with trained weights: the built-in {built_in[pipeline]}")
+        else:
             assert line.endswith("tested with tiny random weights of the stock classes")
         assert ("trains the unet" in line) == pipeline.startswith(("StableDiffusionP", "StableDiffusionXL"))
         assert ("flow" in line) == pipeline.startswith(("StableDiffusion3", "Flux"))

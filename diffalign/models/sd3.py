@@ -17,6 +17,7 @@ class SD3(FlowMatching):
     """
 
     family = "sd3"
+    tested = "trained weights: the built-in shapes-dit"
     encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
     t5 = "tokenizer_3"
     text_setting = "max_sequence_length"

@@ -9,7 +9,7 @@ from diffalign.errors import DataError
 LICENCE = "Apache-2.0"
 """Of the assets, as of the code that makes them."""
 
-ASSETS = ("shapes-unet", "shapes-clip", "shapes-pairs", "shapes-second")
+ASSETS = ("shapes-unet", "shapes-clip", "shapes-pairs", "shapes-second", "shapes-dit", "shapes-dit-pairs")
 
 
 def asset(name: str) -> Path:

@@ -10,11 +10,19 @@ from typing import TYPE_CHECKING, Any
 from diffalign.shapes.scene import BACKGROUNDS, COLOURS, RELATIONS, SHAPES
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
+    from diffusers import (
+        AutoencoderKL,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 MAX_TOKENS = 20
 LATENT_CHANNELS = 6
+SECOND_DIM = 8
+"""Width of the flow pipeline's second text encoder, which is there because the stock pipeline has two."""
 _GLUE = ("a", "on", "is", "to", "the", "picture", "background", ",")
 
 
@@ -91,6 +99,25 @@ def text_encoder(vocab_size: int, hidden: int = 128, layers: int = 3) -> CLIPTex
     return CLIPTextModel(config)
 
 
+def second_text_encoder(vocab_size: int) -> CLIPTextModelWithProjection:
+    """As small as it gets; never trained."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=SECOND_DIM,
+        intermediate_size=SECOND_DIM,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=MAX_TOKENS,
+        projection_dim=SECOND_DIM,
+        bos_token_id=vocab_size - 2,
+        eos_token_id=vocab_size - 1,
+        pad_token_id=vocab_size - 1,
+    )
+    return CLIPTextModelWithProjection(config)
+
+
 def unet(channels: tuple[int, ...] = (64, 128), text_dim: int = 128, layers: int = 1) -> UNet2DConditionModel:
     """An epsilon-prediction UNet over 8 x 8 latents with cross-attention at both resolutions."""
     from diffusers import UNet2DConditionModel
@@ -138,6 +165,70 @@ def pipeline(unet: Any, vae: Any, text_encoder: Any, tokenizer: Any, **scheduler
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+
+
+def transformer(width: int = 192, layers: int = 3, heads: int = 4, text_dim: int = 128 + SECOND_DIM) -> SD3Transformer2DModel:
+    """An MMDiT over the 16 squares of 2 x 2 latents; its gates and its last layer start at zero (Peebles and Xie 2023)."""
+    from diffusers import SD3Transformer2DModel
+
+    net = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_layers=layers,
+        attention_head_dim=width // heads,
+        num_attention_heads=heads,
+        joint_attention_dim=text_dim,
+        caption_projection_dim=width,
+        pooled_projection_dim=text_dim,
+        pos_embed_max_size=4,
+        qk_norm="rms_norm",
+    )
+    modulations = [getattr(b, n).linear for b in net.transformer_blocks for n in ("norm1", "norm1_context")]
+    for layer in (*modulations, net.norm_out.linear, net.proj_out):
+        layer.weight.data.zero_()
+        layer.bias.data.zero_()
+    return net
+
+
+def projected(text: CLIPTextModel) -> CLIPTextModelWithProjection:
+    """The same encoder as the SD3 pipeline wants it: that reads the last layer but one, so one that adds nothing goes on top.
+
+    The pooled vector is the last token of the same words.
+    """
+    from torch import nn
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    config = text.config.to_dict() | {"num_hidden_layers": text.config.num_hidden_layers + 1}
+    out = CLIPTextModelWithProjection(CLIPTextConfig(**config))
+    out.text_model.load_state_dict(text.state_dict(), strict=False)
+    top = out.text_model.encoder.layers[-1]
+    for layer in (top.self_attn.out_proj, top.mlp.fc2):
+        layer.weight.data.zero_()
+        layer.bias.data.zero_()
+    nn.init.eye_(out.text_projection.weight)
+    return out
+
+
+def flow_pipeline(
+    transformer: Any, vae: Any, text: Any, second: Any, tokenizer: Any, shift: float
+) -> StableDiffusion3Pipeline:
+    """Assemble a stock pipeline without a T5."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    vae.register_to_config(shift_factor=0.0)
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+        vae=vae,
+        text_encoder=text,
+        tokenizer=tokenizer,
+        text_encoder_2=second,
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
     )
 
 
