@@ -43,6 +43,8 @@ class Row:
     rounds: int = 1
     """Rounds of training, each on fresh pairs from the round before."""
     scorers: tuple[str, ...] = ("shapes", "taste:size")
+    sampled_again: tuple[str, float] | None = None
+    """Another row whose weights are sampled at this guidance; nothing is trained."""
 
 
 # the best of its own trials on select; DPO was best with times drawn from the whole path
@@ -69,14 +71,33 @@ ROWS: dict[str, Row] = {
         "Diffusion-DPO, LoRA, three rounds of fresh pairs, 133 steps each", ("train.max_steps=133",),
         pairs={"num_prompts": 530}, rounds=3,
     ),
+    "dpo-flipped": Row("Diffusion-DPO, LoRA, 20 % of labels flipped", ("data.flip_labels=0.2",)),
+    "robust-flipped": Row(
+        "Robust DPO, LoRA, 20 % of labels flipped",
+        ("objective={type: robust, beta: 2000, label_smoothing: 0.2}", "data.flip_labels=0.2"),
+    ),
+    "ipo-lora": Row("IPO, LoRA", ("objective={type: ipo, beta: 2000}",)),
+    "kto-lora": Row("Diffusion-KTO, LoRA", ("objective={type: kto, beta: 2000}", "train.per_device_train_batch_size=64")),
+    "curriculum-lora": Row("Curriculum-DPO, LoRA", ("data.curriculum={chunks: 5, every: 80}",)),
+    "smpo-lora": Row(
+        "SmPO, LoRA",
+        (
+            "objective={type: smpo, beta: 2000, gamma: 2}", "data.p_win_scale=10",
+            "coupling={noise: inverted, inversion_steps: 5, renoise: 1}",
+        ),
+    ),
+    "dspo-lora": Row("DSPO, LoRA", ("objective={type: dspo, beta: 0.5}",)),
+    "linear-lora": Row(
+        "Linear-DPO, LoRA", ("objective={type: linear, beta: 1000, kappa: 1}", "reference={type: ema, decay: 0.99}")
+    ),
+    "safeguard-lora": Row("Diffusion-SDPO's safeguard on DPO, LoRA", ("train.protect_winner=0.9",)),
+    "rdp-lora": Row("RDP, LoRA", ("objective={type: rdp, beta: 2000}", "data.standardize_scores=true")),
     "sft-guided": Row("SFT on the winners of guided pairs", SFT, pairs=GUIDED),
     "dpo-guided": Row("Diffusion-DPO, LoRA, on the same guided pairs", pairs=GUIDED),
+    "dpo-rounds-at-4": Row("the weights of dpo-rounds, sampled at guidance 4", sampled_again=("dpo-rounds", 4.0)),
 }  # fmt: skip
-DIT_ROWS = {
-    "dpo-lora": ROWS["dpo-lora"],
+DIT_ROWS = {name: ROWS[name] for name in ("dpo-lora", "dpo-shuffled", "mapo-lora")} | {
     "sft-winners": Row("SFT on the winners (control)", ("objective.type=sft",)),
-    "dpo-shuffled": ROWS["dpo-shuffled"],
-    "mapo-lora": ROWS["mapo-lora"],
 }
 CONTROLS = {
     "base": "the base",
@@ -161,6 +182,11 @@ def run_row(world: World, name: str, seed: int) -> dict[str, Any]:
     from diffalign.train.tracking import read_metrics
 
     row = world.rows[name]
+    if row.sampled_again:
+        other, guidance = row.sampled_again
+        trained = json.loads((world.results / f"{other}-{seed}.json").read_text())
+        folder = final_folder(world, other, seed)
+        return measured(world, name, folder, "shapes:test", guidance=guidance) | {k: trained[k] for k in COST}
     folder, seconds, passes, generated = world.work / f"{name}-{seed}", 0.0, 0, 0
     previous: Path | None = None
     for n in range(row.rounds):
@@ -172,7 +198,7 @@ def run_row(world: World, name: str, seed: int) -> dict[str, Any]:
             extra.append(f"model.lora.path={previous}")
         metrics = train_once(world, [*row.overrides, *extra], out)
         seconds, passes, previous = seconds + metrics["train_seconds"], passes + metrics["denoiser_passes"], out
-    final = folder if row.rounds == 1 else folder / f"round-{row.rounds - 1}"
+    final = final_folder(world, name, seed)
     last = next(x for x in reversed(read_metrics(final)) if "heldout/drift/winner" in x)
     return measured(world, name, final, "shapes:test") | {
         "seed": seed,
@@ -181,6 +207,11 @@ def run_row(world: World, name: str, seed: int) -> dict[str, Any]:
         "images_generated": generated,
         **{k: last[f"heldout/{k}"] for k in ("drift/winner", "drift/loser")},
     }
+
+
+def final_folder(world: World, name: str, seed: int) -> Path:
+    folder, rounds = world.work / f"{name}-{seed}", world.rows[name].rounds
+    return folder if rounds == 1 else folder / f"round-{rounds - 1}"
 
 
 def pairs_for(world: World, row: Row, n: int, previous: Path | None) -> tuple[str, int]:
@@ -356,10 +387,8 @@ def write_tables() -> str:
     for world in WORLDS.values():
         if (world.results / "base.json").exists():
             rows = world.controls | {k: r.what for k, r in world.rows.items()}
-            parts += [
-                f"## {world.what}",
-                table(world.results, rows, {k: (None,) if k in world.controls else SEEDS for k in rows}),
-            ]
+            seeds = dict.fromkeys(world.controls, (None,)) | dict.fromkeys(world.rows, SEEDS)
+            parts += [f"## {world.what}", table(world.results, rows, seeds)]
     text = "\n\n".join(parts)
     (ROOT / "docs" / "leaderboard.md").write_text(text + "\n")
     return text

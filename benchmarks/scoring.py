@@ -1,10 +1,11 @@
 """What `diffalign score` costs beside its encoder's forward pass, what a second scorer adds, and whether memory grows.
 
     python benchmarks/scoring.py
+    python benchmarks/scoring.py memory --rows 2000
 
-Prints tables and writes benchmarks/results/scoring.json. A ViT-S/16 with random weights on 512 px JPEGs is the bottleneck
-here, as it should be; memory is measured with a stub in its place. Rates are the marginal ones of the second half of the
-pictures, so that loading is in none of them. Run it on a quiet machine: the load at the start is written down.
+Prints tables and writes benchmarks/results/scoring.json, where a part that is not measured keeps its last figures. A ViT-S/16
+with random weights on 512 px JPEGs is the bottleneck here, as it should be; memory is measured with a stub in its place. What
+is compared takes turns, and loading is in none of it. Ratios of CPU seconds hold on a busy machine too, whose load is noted.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from diffalign import cells
 from diffalign.cells import ScoreConfig, score
 from diffalign.scorers.encoders import TransformersCLIP
 from diffalign.scorers.preprocess import Preprocess
+from diffalign.scoring import make_scorers
 from diffalign.shapes import build
 
 RESULTS = Path(__file__).parent / "results" / "scoring.json"
@@ -107,48 +109,62 @@ class Clock:
         setattr(owner, name, timed)
 
 
-def seconds(folder: Path, out: Path, scorers: list[str], batch: int, limit: int) -> float:
-    config = {"path": str(folder), "output_dir": str(out), "scorers": scorers, "batch_size": batch, "limit": limit}
-    began = time.perf_counter()
-    score(ScoreConfig(**config, embeddings=False))
-    return time.perf_counter() - began
+class Stopwatch:
+    """Wall-clock seconds, and CPU seconds of all threads, which other programs on the machine disturb less."""
+
+    def __enter__(self) -> Stopwatch:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wall, self.cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
 
 
-def bare_rate(clip: Path, batch: int, passes: int) -> float:
-    """Images/s of the image tower alone."""
-    encoder = TransformersCLIP(clip)
-    x = torch.randn(batch, 3, 224, 224)
-    with torch.no_grad():
-        encoder.features(x)
-        began = time.perf_counter()
-        for _ in range(passes):
-            encoder.features(x)
-    return batch * passes / (time.perf_counter() - began)
-
-
-def throughput(work: Path, images: int, batch: int) -> dict[str, Any]:
-    """Alternates the runs that are compared, and takes the median of three."""
+def throughput(work: Path, images: int, batch: int, turns: int) -> dict[str, Any]:
+    """The bare encoder, one scorer and two take turns on as many pictures, in rotating order; ratios are within turns."""
     clip, folder = small_clip(work / "clip"), jpegs(work / "jpegs", images, 512)
     one, two = [f"clip:{clip}"], [f"clip:{clip}", f"clip100:{clip}"]
-    rates: dict[str, list[float]] = defaultdict(list)
-    for turn in range(3):
-        rates["bare"].append(bare_rate(clip, batch, max(2, images // 2 // batch)))
-        for name, scorers in (("one", one), ("two", two)):
-            half, whole = (seconds(folder, work / f"{name}-{turn}-{n}", scorers, batch, n) for n in (images // 2, images))
-            rates[name].append(images / 2 / (whole - half))
-    median = {name: float(np.median(v)) for name, v in rates.items()}
+    alive = make_scorers(two)  # encoders are shared with whoever holds them, so that runs below do not load them again
+    encoder: Any = alive[0].encoder  # type: ignore[attr-defined]
+    x = torch.randn(batch, 3, 224, 224)
+
+    def bare() -> None:
+        with torch.no_grad():
+            for _ in range(images // batch):
+                encoder.features(x)
+
+    def run(scorers: list[str], name: str) -> None:
+        config = {"path": str(folder), "output_dir": str(work / name), "scorers": scorers, "batch_size": batch}
+        score(ScoreConfig(**config, embeddings=False))
+
+    watches: dict[str, list[Stopwatch]] = defaultdict(list)
+    for turn in range(turns + 1):  # the first one warms up
+        what = {"bare": bare, "one": lambda t=turn: run(one, f"one-{t}"), "two": lambda t=turn: run(two, f"two-{t}")}
+        names = list(what)
+        for name in names[turn % 3 :] + names[: turn % 3]:
+            with Stopwatch() as watch:
+                what[name]()
+            watches[name].append(watch)
+    said: dict[str, Any] = {"images": images, "batch": batch, "turns": turns}
+    for name, found in watches.items():
+        said[f"{name}_images_per_s"] = images / float(np.median([w.wall for w in found[1:]]))
+    for kind in ("wall", "cpu"):
+        t = {name: np.array([getattr(w, kind) for w in found[1:]]) for name, found in watches.items()}
+        said[kind] = {"over_bare": spread(t["bare"] / t["one"]), "two_scorers_cost": spread(t["two"] / t["one"])}
     clock = Clock()
     clock.wrap(TransformersCLIP, "features", "image tower")
     clock.wrap(TransformersCLIP, "encode", "text tower")
     clock.wrap(Preprocess, "exact", "resize and normalise")
     clock.wrap(cells, "decode", "decode (in threads)")
     clock.wrap(cells, "_image_row", "hash and describe")
-    total = seconds(folder, work / "clocked", one, batch, images)
-    return {
-        "images": images, "batch": batch, "bare_images_per_s": median["bare"], "scored_images_per_s": median["one"],
-        "over_bare": median["one"] / median["bare"], "two_scorers_cost": median["one"] / median["two"],
-        "seconds": {"all, with loading": total, **clock.seconds},
-    }  # fmt: skip
+    with Stopwatch() as watch:
+        run(one, "clocked")
+    return {**said, "seconds": {"all": watch.wall, **clock.seconds}}
+
+
+def spread(values: Any) -> list[float]:
+    """Median, lowest and highest."""
+    return [float(np.median(values)), float(values.min()), float(values.max())]
 
 
 def memory(work: Path, rows: int, files: int) -> dict[str, Any]:
@@ -172,24 +188,50 @@ def memory(work: Path, rows: int, files: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("parts", nargs="*", metavar="PART", help="memory, throughput; default: both")
+    parser.add_argument("--images", type=int, default=128, help="a turn; a multiple of the batch")
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--files", type=int, default=500)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
-    said: dict[str, Any] = {"load": os.getloadavg()[0], "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
-    with tempfile.TemporaryDirectory() as folder:
-        said["memory"] = memory(Path(folder), args.rows, args.files)
-        said["throughput"] = throughput(Path(folder), args.images, args.batch)
-    t, m = said["throughput"], said["memory"]
-    print("| | images/s |\n|---|---|")
-    print(f"| image tower alone | {t['bare_images_per_s']:.1f} |\n| diffalign score | {t['scored_images_per_s']:.1f} |")
-    print(f"\nover bare {t['over_bare']:.3f}; two scorers on one encoder cost {t['two_scorers_cost']:.3f} of one")
-    print("\n| where | seconds |\n|---|---|")
-    print("\n".join(f"| {name} | {s:.2f} |" for name, s in t["seconds"].items()))
-    print(f"\n{m['rows']} rows of {m['files']} files: {m['bytes_per_row']:.0f} bytes a row, peak {m['peak_mb']:.0f} MB")
-    print(f"load at the start {said['load']:.2f} on {said['cpus']} CPUs, {said['threads']} threads")
-    RESULTS.write_text(json.dumps(said, indent=2) + "\n")
+    said: dict[str, Any] = json.loads(args.results.read_text()) if args.results.exists() else {}
+    for part in args.parts or ["memory", "throughput"]:
+        with tempfile.TemporaryDirectory() as folder:
+            before = os.getloadavg()[0]
+            if part == "memory":
+                found = memory(Path(folder), args.rows, args.files)
+            else:
+                found = throughput(Path(folder), args.images, args.batch, args.turns)
+            machine = {"cpus": os.cpu_count(), "threads": torch.get_num_threads()}
+            said[part] = {**found, **machine, "load": [before, os.getloadavg()[0]]}
+    for part in args.parts or ["memory", "throughput"]:
+        print("\n".join(LINES[part](said[part])))
+        print(
+            "load {:.1f} before, {:.1f} after, on {cpus} CPUs, {threads} threads\n".format(*said[part]["load"], **said[part])
+        )
+    args.results.write_text(json.dumps(said, indent=2) + "\n")
+
+
+def throughput_lines(t: dict[str, Any]) -> list[str]:
+    names = {"bare": "image tower alone", "one": "diffalign score, one scorer", "two": "two scorers on one encoder"}
+    out = ["| | images/s |", "|---|---|", *(f"| {text} | {t[f'{n}_images_per_s']:.2f} |" for n, text in names.items())]
+    out += ["", f"| {t['turns']} turns of {t['images']} pictures | median | lowest | highest |", "|---|---|---|---|"]
+    for kind in ("wall", "cpu"):
+        for key, text in (("over_bare", "rate over that of the bare encoder"), ("two_scorers_cost", "two scorers over one")):
+            out.append(f"| {text}, {kind} time | " + " | ".join(f"{v:.3f}" for v in t[kind][key]) + " |")
+    return [*out, "", "| where | seconds |", "|---|---|", *(f"| {name} | {s:.2f} |" for name, s in t["seconds"].items())]
+
+
+def memory_lines(m: dict[str, Any]) -> list[str]:
+    return [
+        f"{m['rows']} rows of {m['files']} files: {m['bytes_per_row']:.0f} bytes a row ({m['grown_mb']:.1f} MB in all),"
+        f" peak {m['peak_mb']:.0f} MB"
+    ]
+
+
+LINES = {"memory": memory_lines, "throughput": throughput_lines}
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ def table(results: Path, rows: Mapping[str, str], seeds: Mapping[str, Sequence[i
     trials = [json.loads(x)["row"] for x in tried.read_text().splitlines()] if tried.exists() else []
     top, low = base["ceiling"]["exact"], mean(base["values"]["exact"])
     lines = [
-        "| row | seeds | exact | gain in exact, 95 % | each seed | gap closed | facts | clean | size | diversity"
+        "| row | | seeds | exact | gain in exact, 95 % | each seed | gap closed | facts | clean | size | diversity"
         " | drift w | drift l | passes | s | trials |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     kinds = [f"| row | {' | '.join(KINDS)} |", "|---|" + "---|" * len(KINDS)]
     gains: dict[str, torch.Tensor] = {}
@@ -55,6 +55,7 @@ def table(results: Path, rows: Mapping[str, str], seeds: Mapping[str, Sequence[i
         closed = "" if name == "base" else f"{100 * e.value / (top - low):.1f} %"
         diverse = f"{mean([r['diversity'] for r in runs]):.3f}"
         cells = [
+            name,
             what,
             str(len(runs)),
             f"{exact.mean():.3f}",
@@ -68,7 +69,7 @@ def table(results: Path, rows: Mapping[str, str], seeds: Mapping[str, Sequence[i
         ]
         lines.append(f"| {' | '.join(cells)} |")
         held = [f"{mean([mean(r['values'][k]) for r in runs]):.3f}" for k in KINDS]
-        kinds.append(f"| {' | '.join([what, *held])} |")
+        kinds.append(f"| {' | '.join([name, *held])} |")
     out = ["\n".join(lines), "How often each kind of fact holds:", "\n".join(kinds)]
     out += [f"Ceiling (perfect drawings through the base's autoencoder): exact {top:.3f}."]
     if taste := [
@@ -80,14 +81,17 @@ def table(results: Path, rows: Mapping[str, str], seeds: Mapping[str, Sequence[i
             f"A taste for size moves the drawn area from {mean(base['values']['taste_size']):.3f} by {e.value:+.3f}"
             f" [{e.low:+.3f}, {e.high:+.3f}] and makes it larger for {100 * (moved > 0).float().mean():.0f} % of prompts."
         )
-    if "base-guided" in gains and "dpo-guided" in gains:
-        e = stats.bootstrap_mean(gains["dpo-guided"] - gains["base-guided"])
-        out.append(f"At guidance 4, DPO with LoRA over the base: {e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}] in exact.")
-    if "dpo-lora" in gains:
-        for other in ("sft-winners", "dpo-shuffled", "mapo-lora", "dpo-clip", "dpo-more", "dpo-rounds", "dpo-full"):
-            if other in gains and gains[other].shape == gains["dpo-lora"].shape:
-                e = stats.bootstrap_mean(gains["dpo-lora"] - gains[other])
-                out.append(f"DPO with LoRA over {other}: {e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}] in exact.")
+    versus = [("dpo-lora", x) for x in ("sft-winners", "dpo-shuffled", "mapo-lora", "dpo-clip", "dpo-full")]
+    for one, other in [
+        *versus,
+        ("dpo-more", "dpo-lora"),
+        ("dpo-rounds", "dpo-lora"),
+        ("dpo-guided", "sft-guided"),
+        ("dpo-rounds-at-4", "base-guided"),
+    ]:
+        if one in gains and other in gains and gains[other].shape[0] in (1, gains[one].shape[0]):
+            e = stats.bootstrap_mean(gains[one] - gains[other])
+            out.append(f"{one} over {other}: {e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}] in exact.")
     return "\n\n".join(out)
 
 

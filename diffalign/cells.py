@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,7 @@ from diffalign.suites import open_suite
 if TYPE_CHECKING:
     from PIL import Image
 
-    from diffalign.scorers import ScoreBatch, ScoreInput, Scorer
+    from diffalign.scorers import Scorer
 
 THREADS = 4  # decoding leaves Python's lock; more of them wait for the disk
 
@@ -47,6 +46,8 @@ class ScoreConfig(Spec):
     """An evaluation suite, ``geneval:PATH``: its prompts by the names of pictures, its questions, categories and numbers."""
     image_root: str | None = None
     """The folder that paths in a table are relative to and may not leave; the table's own if not given."""
+    references: str | None = None
+    """Pictures that all are compared with, for ``clip-i``, ``dino``, ``harmonic`` and ``lpips``; written as ``path``."""
     limit: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=32, ge=1)
     shard_size: int = Field(default=1024, ge=1)
@@ -94,12 +95,25 @@ class Column:
 
     scorer: Scorer
     identity: Identity
+    references: Sequence[Image.Image] = ()
+    """What it compares with; they are part of its version."""
     embedder: str | None = None
     """The encoder whose embeddings say all that this scorer needs of a picture."""
 
     def key(self, item: Loaded) -> bytes:
         i = self.identity
         return cell(item.sha256, prompt_key(item.prompt), i.scorer, i.version, i.preprocess)
+
+    def compared(self, path: str | None) -> Column:
+        """The same with the reference pictures of ``path``, where the scorer needs them."""
+        if not self.needs("references"):
+            return self
+        if path is None:
+            raise ConfigError(f"the scorer {self.scorer.name} needs reference pictures", hint="references=FOLDER")
+        found = [(row.open(), row.id) for row in open_source(path).rows()]
+        mark = sha256("".join(sorted(sha256(data) for data, _ in found)).encode())[:12]
+        identity = replace(self.identity, version=f"{self.identity.version}-{mark}")
+        return replace(self, identity=identity, references=[decode(data, name) for data, name in found])
 
     def needs(self, part: str) -> bool:
         card = getattr(self.scorer, "card", None)
@@ -140,13 +154,13 @@ def score(config: ScoreConfig, rank: int = 0, world: int = 1) -> Filled:
 
     source = open_source(config.path, config.image_root)
     made = zip(config.scorers, make_scorers(config.scorers, away=config.offload), strict=True)
-    columns = [Column(s, identify(n, s), embedder(s) if config.embeddings else None) for n, s in made]
+    columns = [
+        Column(s, identify(n, s), embedder=embedder(s) if config.embeddings else None).compared(config.references)
+        for n, s in made
+    ]
     if config.offload:  # scorers of one encoder work one after the other
         order = [encoder_of(c) for c in columns]
         columns.sort(key=lambda c: order.index(encoder_of(c)))
-    for column in columns:
-        if column.needs("references"):
-            raise ConfigError(f"the scorer {column.scorer.name} needs reference pictures", hint="use it from Python")
     find = open_suite(config.suite).finder() if config.suite else None
     parts = _plan(config, source, columns)
     own_images = Path(config.path).resolve() == Path(config.output_dir).resolve()
@@ -281,64 +295,33 @@ def _ask(
     column: Column, items: Sequence[Loaded], features: Any, vectors: dict[tuple[str, str], Any]
 ) -> Iterator[dict[str, Any]]:
     """Rows of one scorer, from its pictures or from their ``features``."""
-    from diffalign.scorers import ScoreInput
+    from diffalign.scorers import ScoreInput, isolated
 
     images: Any = [item.image for item in items]
     said = [{**item.row.said, "prompt": item.prompt} for item in items]
-    result = isolated(column.scorer, ScoreInput(images, [item.prompt or "" for item in items], None, said, features))
+    references = [column.references] * len(items) if column.references else None
+    result = isolated(column.scorer, ScoreInput(images, [item.prompt or "" for item in items], references, said, features))
     if column.embedder is not None and features is None:
         found = column.scorer.encoder.seen(images)  # type: ignore[attr-defined]
         for item, vector in zip(items, () if found is None else found.cpu().numpy(), strict=False):
             vectors.setdefault((str(item.sha256), column.embedder), vector)
     for name, values in result.values.items():
-        for item, value, error in zip(items, values.tolist(), result.errors, strict=True):
+        for item, value, error, cut in zip(items, values.tolist(), result.errors, result.truncated, strict=True):
             if value == value:
-                yield _score_row(column, item, name, value, None)
+                yield _score_row(column, item, name, value, None, cut)
             elif name not in result.partial or error:
                 yield _score_row(column, item, name, None, error or f"{name} is nan")
 
 
-def isolated(scorer: Scorer, batch: ScoreInput) -> ScoreBatch:
-    """Score; where that fails, halve the batch until the failing pictures are alone with their reason.
-
-    Half a batch is also what a device needs that ran out of memory.
-    """
-    import torch
-
-    from diffalign.scorers import ScoreBatch
-
-    try:
-        found = scorer(batch)
-        errors = found.errors or [None] * len(batch)
-        return ScoreBatch({k: v.detach().float().cpu() for k, v in found.values.items()}, errors, found.partial)
-    except Exception as e:
-        if len(batch) == 1:
-            reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
-            return ScoreBatch({scorer.name: torch.tensor([torch.nan])}, [reason])
-    middle = len(batch) // 2
-    a, b = (isolated(scorer, _part(batch, s)) for s in (slice(middle), slice(middle, None)))
-    values = {
-        name: torch.cat([half.values.get(name, torch.full((len(half.errors),), torch.nan)) for half in (a, b)])
-        for name in {**a.values, **b.values}
-    }
-    # a failing picture has a value under the scorer's own name alone: the others lack that one without being wrong
-    return ScoreBatch(values, a.errors + b.errors, a.partial | b.partial | (a.values.keys() ^ b.values.keys()))
-
-
-def _part(batch: ScoreInput, s: slice) -> ScoreInput:
-    from diffalign.scorers import ScoreInput
-
-    metadata = batch.metadata[s] if batch.metadata else None
-    features = batch.features[s] if batch.features is not None else None
-    return ScoreInput(batch.images[s], batch.prompts[s], None, metadata, features)
-
-
-def _score_row(column: Column, item: Loaded, name: str, value: float | None, error: str | None) -> dict[str, Any]:
+def _score_row(
+    column: Column, item: Loaded, name: str, value: float | None, error: str | None, truncated: bool = False
+) -> dict[str, Any]:
     i = column.identity
     return {
         "image_sha256": item.sha256, "prompt_sha256": prompt_key(item.prompt),
         "scorer": i.scorer if name == i.scorer else f"{i.scorer}/{name}", "version": i.version,
         "preprocess_version": i.preprocess, "value": value, "error": None if error is None else clean(error),
+        "truncated": truncated,
     }  # fmt: skip
 
 
@@ -355,8 +338,3 @@ def _image_row(item: Loaded) -> dict[str, Any]:
         "error": None if item.error is None else clean(item.error),
         "phash": fingerprint(item.image) if item.image else None,
     }  # fmt: skip
-
-
-def launched() -> tuple[int, int]:
-    """(rank, world) of an accelerate or torchrun launch; (0, 1) outside of one."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

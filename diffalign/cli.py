@@ -1,56 +1,18 @@
-"""The ``diffalign`` command. Every verb is a thin door to :mod:`diffalign.recipes`."""
+"""The ``diffalign`` command. Every verb is a thin door; those of preference data are in :mod:`diffalign.data_cli`."""
 
 from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
+from diffalign import data_cli
+from diffalign.console import CONFIG, JSON, SHARD, Group, launched, shard_of, show, split
 from diffalign.errors import ConfigError, DiffalignError
-
-CONFIG = click.argument("config", nargs=-1, metavar="[CONFIG.yaml] [KEY=VALUE]...")
-JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-
-
-def _split(words: tuple[str, ...]) -> tuple[str | None, list[str]]:
-    """The configuration file, if any, and the overrides."""
-    files = [w for w in words if "=" not in w]
-    if len(files) > 1:
-        raise ConfigError(f"more than one configuration: {', '.join(files)}", hint="overrides are written key=value")
-    return (files[0] if files else None), [w for w in words if "=" in w]
-
-
-def _show(result: dict[str, Any], as_json: bool, lines: list[str]) -> None:
-    click.echo(json.dumps(result, indent=2) if as_json else "\n".join(lines))
-
-
-class Group(click.Group):
-    """Turns our errors into one line and the exit status that DESIGN promises."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except DiffalignError as e:
-            if ctx.params.get("debug"):
-                raise
-            click.echo(f"diffalign: {e}", err=True)
-            ctx.exit(e.exit_status)
-        except KeyboardInterrupt:
-            click.echo("diffalign: interrupted", err=True)
-            ctx.exit(130)
-        except Exception as e:
-            if type(e).__name__ == "Interrupted":  # from the loop, which is not imported here
-                click.echo(f"diffalign: {e}; go on with resume_from=latest", err=True)
-                ctx.exit(130)
-            if ctx.params.get("debug") or isinstance(e, click.exceptions.ClickException | click.exceptions.Exit):
-                raise
-            click.echo(f"diffalign: {type(e).__name__}: {' '.join(str(e).split())} (--debug shows where)", err=True)
-            ctx.exit(1)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -72,11 +34,12 @@ def main(debug: bool) -> None:
 @JSON
 def train(config: tuple[str, ...], as_json: bool) -> None:
     """Fine-tune a model on preferences, then evaluate it and write a report."""
-    from diffalign.recipes import TrainConfig, load_config, train
+    from diffalign.recipes import TrainConfig, train
+    from diffalign.spec import load_config
 
-    loaded = load_config(TrainConfig, *_split(config))
+    loaded = load_config(TrainConfig, *split(config))
     run = train(loaded)
-    if not _main_process():
+    if launched()[0] != 0:
         return
     from diffalign.report import write_report
 
@@ -85,7 +48,7 @@ def train(config: tuple[str, ...], as_json: bool) -> None:
     lines = [f"trained {m['steps']} steps in {m['train_seconds']} s"]
     if "aligned" in m:
         lines += _compared(m)
-    _show({**m, "report": str(page)}, as_json, [*lines, f"report: {page}"])
+    show({**m, "report": str(page)}, as_json, [*lines, f"report: {page}"])
 
 
 @main.command(context_settings={"ignore_unknown_options": True})
@@ -100,43 +63,29 @@ def evaluate(run: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from diffalign.recipes import evaluate_run
 
     folder, metrics = evaluate_run(run, overrides)
-    _show(metrics, as_json, [*_compared(metrics), f"written to {folder}"])
+    show(metrics, as_json, [*_compared(metrics), f"written to {folder}"])
 
 
 @main.command(context_settings={"ignore_unknown_options": True})
 @CONFIG
-@JSON
-def generate(config: tuple[str, ...], as_json: bool) -> None:
-    """Make images of many prompts; a killed run goes on where it stopped."""
-    from diffalign.recipes import GenerateConfig, generate_dataset, load_config
-
-    folder, made = generate_dataset(load_config(GenerateConfig, *_split(config)))
-    _show({"folder": str(folder), "made": made}, as_json, [f"{made} images made now, in {folder}"])
-
-
-@main.command(context_settings={"ignore_unknown_options": True})
-@CONFIG
-@click.option("--shard", metavar="i/n", help="Score only every n-th shard, from the i-th (0 to n-1); default: this rank's.")
+@SHARD
 @JSON
 def score(config: tuple[str, ...], shard: str | None, as_json: bool) -> None:
     """Score pictures with reward models; the same command again fills what is missing.
 
     diffalign score path=FOLDER scorers=[clip:PATH,pickscore] output_dir=out
     """
-    from diffalign.cells import ScoreConfig, launched, score
+    from diffalign.cells import ScoreConfig, score
     from diffalign.data.scores import read_scored
     from diffalign.data.sources import open_source
     from diffalign.gallery import write_gallery
-    from diffalign.recipes import load_config
+    from diffalign.spec import load_config
     from diffalign.spread import diversity, diversity_line
     from diffalign.suites import open_suite, suite_lines, suite_report
     from diffalign.tally import export, summary, summary_lines
 
-    match = re.fullmatch(r"(\d+)/(\d+)", shard or "{}/{}".format(*launched()))
-    if match is None or int(match[1]) >= int(match[2]):
-        raise ConfigError(f"--shard {shard}: expected i/n with i below n", hint="--shard 0/4")
-    loaded = load_config(ScoreConfig, *_split(config))
-    done = score(loaded, int(match[1]), int(match[2]))
+    loaded = load_config(ScoreConfig, *split(config))
+    done = score(loaded, *shard_of(shard))
     result: dict[str, Any] = {"scored": done.images, "cells": done.cells, "failed": sum(done.errors.values())}
     lines = [f"{done.images} images and {done.cells} cells scored now, in {loaded.output_dir}"]
     if done.finished:  # whichever process ends last
@@ -157,7 +106,7 @@ def score(config: tuple[str, ...], shard: str | None, as_json: bool) -> None:
             source = open_source(loaded.path, loaded.image_root)
             result["gallery"] = str(write_gallery(rows, source, folder / "gallery.html", loaded.gallery))
             lines.append(f"gallery: {result['gallery']}")
-    _show(result, as_json, lines)
+    show(result, as_json, lines)
     if done.cells and sum(done.errors.values()) == done.cells:
         raise DiffalignError("no cell got a value", hint="the reasons are above")
 
@@ -187,13 +136,14 @@ def serve(scorers: tuple[str, ...], host: str, port: int, max_batch: int) -> Non
 @main.command()
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
+@click.option("--inception", type=click.Path(path_type=Path), help="torch-fidelity's weights: FID and KID as published.")
 @JSON
-def compare(a: Path, b: Path, as_json: bool) -> None:
+def compare(a: Path, b: Path, inception: Path | None, as_json: bool) -> None:
     """Win rate of the scored folder B over A, per scorer and category, paired by prompt; ties one half."""
     from diffalign.versus import compare, compare_lines
 
-    said = compare(a, b)
-    _show(said, as_json, compare_lines(said))
+    said = compare(a, b, inception=inception)
+    show(said, as_json, compare_lines(said))
 
 
 @main.command()
@@ -246,6 +196,9 @@ def push(run: Path, repository: str, private: bool) -> None:
     click.echo(f"uploaded: {hub.push(run, [*exported(run), card], repository, private)}")
 
 
+data_cli.register(main)
+
+
 @main.group()
 def config() -> None:
     """Look at configurations without running them."""
@@ -254,22 +207,26 @@ def config() -> None:
 def _config_class(kind: str) -> Any:
     from diffalign import recipes
     from diffalign.cells import ScoreConfig
+    from diffalign.generation import GenerateConfig
+    from diffalign.importing import ImportConfig
+    from diffalign.selection import SelectConfig
 
-    return {"train": recipes.TrainConfig, "generate": recipes.GenerateConfig, "score": ScoreConfig}[kind]
+    ours = {"generate": GenerateConfig, "score": ScoreConfig, "pairs": SelectConfig, "import": ImportConfig}
+    return {"train": recipes.TrainConfig, **ours}[kind]
 
 
-KIND = click.option("--kind", type=click.Choice(["train", "generate", "score"]), default="train", help="Which configuration.")
+KINDS = ["train", "generate", "score", "pairs", "import"]
+KIND = click.option("--kind", type=click.Choice(KINDS), default="train", help="Which configuration.")
 
 
 @config.command("show")
 @CONFIG
 @KIND
-def config_show(config: tuple[str, ...], kind: str) -> None:
+def configshow(config: tuple[str, ...], kind: str) -> None:
     """Print the configuration with every default filled in."""
-    from diffalign.recipes import load_config
-    from diffalign.spec import dump
+    from diffalign.spec import dump, load_config
 
-    click.echo(dump(load_config(_config_class(kind), *_split(config))), nl=False)
+    click.echo(dump(load_config(_config_class(kind), *split(config))), nl=False)
 
 
 @config.command("validate")
@@ -277,9 +234,9 @@ def config_show(config: tuple[str, ...], kind: str) -> None:
 @KIND
 def config_validate(config: tuple[str, ...], kind: str) -> None:
     """Check a configuration and report every mistake."""
-    from diffalign.recipes import load_config
+    from diffalign.spec import load_config
 
-    load_config(_config_class(kind), *_split(config))
+    load_config(_config_class(kind), *split(config))
     click.echo("valid")
 
 
@@ -313,8 +270,7 @@ def config_new(path: Path, source: str) -> None:
 @KIND
 def config_diff(a: str, b: str, kind: str) -> None:
     """Print the keys in which two configurations or runs differ."""
-    from diffalign.recipes import load_config
-    from diffalign.spec import differences
+    from diffalign.spec import differences, load_config
 
     cls = _config_class(kind)
     for key, x, y in differences(load_config(cls, a, []), load_config(cls, b, [])):
@@ -322,7 +278,7 @@ def config_diff(a: str, b: str, kind: str) -> None:
 
 
 @main.command("list")
-@click.argument("what", type=click.Choice(["models", "objectives", "scorers", "presets"]))
+@click.argument("what", type=click.Choice(["models", "objectives", "scorers", "presets", "rules", "formats"]))
 def list_(what: str) -> None:
     """Print what is built in."""
     from diffalign.recipes import catalogue
@@ -340,10 +296,11 @@ def list_(what: str) -> None:
 def estimate(config: tuple[str, ...], measure: bool, as_json: bool) -> None:
     """Tell what a training configuration will take, without weights: memory by phase, operations, what would help most."""
     from diffalign.estimate import estimate, lines
-    from diffalign.recipes import TrainConfig, load_config
+    from diffalign.recipes import TrainConfig
+    from diffalign.spec import load_config
 
-    result = estimate(load_config(TrainConfig, *_split(config)), measure)
-    _show(result, as_json, lines(result))
+    result = estimate(load_config(TrainConfig, *split(config)), measure)
+    show(result, as_json, lines(result))
 
 
 @main.command()
@@ -360,7 +317,7 @@ def verify(scorer: str, as_json: bool) -> None:
 
     checks = verify_scorer(scorer)
     marks = {True: "ok  ", False: "FAIL", None: "    "}
-    _show({"checks": [asdict(c) for c in checks]}, as_json, [f"{marks[c.ok]} {c.what}: {c.said}" for c in checks])
+    show({"checks": [asdict(c) for c in checks]}, as_json, [f"{marks[c.ok]} {c.what}: {c.said}" for c in checks])
     if any(c.ok is False for c in checks):
         raise DiffalignError(f"{scorer} failed {sum(c.ok is False for c in checks)} checks", hint="fetch the weights again")
 
@@ -373,13 +330,7 @@ def env(as_json: bool) -> None:
 
     found = environment()
     lines = [f"{k}: {v}" for k, v in {**{k: v for k, v in found.items() if k != "versions"}, **found["versions"]}.items()]
-    _show(found, as_json, lines)
-
-
-def _main_process() -> bool:
-    import os
-
-    return int(os.environ.get("RANK", "0")) == 0
+    show(found, as_json, lines)
 
 
 def _compared(m: dict[str, Any]) -> list[str]:

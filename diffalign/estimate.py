@@ -17,12 +17,13 @@ from diffalign.meter import Meter, cuda_precision, size_of
 from diffalign.models import Cond, Model, Phase
 from diffalign.models.architectures import KNOWN, Parts, read_parts, skeleton
 from diffalign.models.quantize import quantized_bytes
-from diffalign.objectives import Total
+from diffalign.objectives import Data
 from diffalign.recipes import TrainConfig
 from diffalign.scoring import quiet
 from diffalign.spec import validate, with_overrides
-from diffalign.train.feeds import PairBatch, pair_terms, pictures_at_once
+from diffalign.train.feeds import pictures_at_once
 from diffalign.train.state import make_optimizer
+from diffalign.train.terms import Batch, terms_of
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Estimator:
         vae, *encoders = (size_of(t for t in tensors(m) if not t.requires_grad) for m in encoders_of(model))
         step: Meter = on_fake(
             lambda m: measured_step(m, config, size),
-            "train", config.objective, config.timesteps, s.per_device_train_batch_size,
+            "train", config.total, config.coupling, config.timesteps, s.per_device_train_batch_size,
             s.gradient_accumulation_steps > 1, s.mixed_precision,
         )  # fmt: skip
         work = step.peak - (weights if s.gradient_accumulation_steps == 1 else 0)
@@ -181,12 +182,29 @@ def _fake_weights(model: Any) -> tuple[Any, Model]:
         return mode, model.to(torch.device("cpu"))
 
 
-def blank_batch(model: Model, rows: int, size: tuple[int, int], cond: Cond | tuple[str, ...]) -> PairBatch:
-    """Pairs that show nothing, of pictures of ``size`` pixels."""
+def blank_batch(
+    model: Model,
+    rows: int,
+    size: tuple[int, int],
+    cond: Cond | tuple[str, ...],
+    data: Data = "pairs",
+    pictures: int = 2,
+    draws: int = 1,
+) -> Batch:
+    """Examples that show nothing, of pictures of ``size`` pixels."""
     channels, height, width = model.latent_shape
     shape = (channels, height * size[0] // model.resolution[0], width * size[1] // model.resolution[1])
-    x0, frame = torch.zeros(rows, *shape), torch.tensor([*size, 0, 0, *size], dtype=torch.float32).repeat(rows, 1)
-    return PairBatch(x0, x0, frame, frame, torch.ones_like(x0), torch.full((rows,), 0.5), cond, torch.ones(rows))
+    x0, eps = torch.zeros(rows, pictures, *shape), torch.ones(rows, pictures, draws, *shape)
+    frames = torch.tensor([*size, 0, 0, *size], dtype=torch.float32).repeat(rows, pictures, 1)
+    facts = {"p_win": torch.ones(rows), "good": torch.arange(rows) % 2 == 0, "scores": torch.rand(rows, pictures)}
+    return Batch(x0, frames, eps, torch.full((rows, pictures, draws), 0.5), (cond,), torch.ones(rows), data, facts)
+
+
+def batch_of(model: Model, config: TrainConfig, size: tuple[int, int]) -> Batch:
+    """A micro-batch of the kind that the configuration trains on."""
+    rows, data = config.train.per_device_train_batch_size, config.total.data
+    pictures = {"pairs": 2, "labels": 1, "groups": config.data.group_size}[data]
+    return blank_batch(model, rows, size, blank_texts(model, rows), data, pictures, config.coupling.draws)
 
 
 def blank_texts(model: Model, rows: int) -> Cond | tuple[str, ...]:
@@ -194,19 +212,18 @@ def blank_texts(model: Model, rows: int) -> Cond | tuple[str, ...]:
     return ("",) * rows if model.trains_texts else model.encode_prompts([""] * rows)
 
 
-def forward_backward(model: Model, config: TrainConfig, batch: PairBatch, device: str = "cpu") -> None:
+def forward_backward(model: Model, config: TrainConfig, batch: Batch, device: str = "cpu") -> None:
     """A micro-batch as the loop takes it."""
     precision = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.mixed_precision]
-    objective = Total(config.objective)
+    objective = config.total
     with torch.autocast(device, precision or torch.bfloat16, enabled=precision is not None):
-        terms = pair_terms(model, batch, config.timesteps, objective.needs)
+        terms = terms_of(model, batch, config.timesteps, objective.needs, config.coupling)
     objective(terms, {}).loss.mean().backward()  # type: ignore[no-untyped-call]
 
 
 def measured_step(model: Model, config: TrainConfig, size: tuple[int, int]) -> Meter:
     """What a micro-batch takes. Gradients count where this is the first and only one of its step."""
-    rows = config.train.per_device_train_batch_size
-    batch = blank_batch(model, rows, size, blank_texts(model, rows))
+    batch = batch_of(model, config, size)
     for p in model.named_weights.trainable().values():
         p.grad = torch.zeros_like(p) if config.train.gradient_accumulation_steps > 1 else None
     model.net.train()
@@ -261,8 +278,7 @@ def measured_on_cuda(config: TrainConfig) -> int:
         model = build_model(spec)
     model.stage("texts", device)
     size = (config.data.resolution,) * 2 if config.data.resolution else model.resolution
-    rows = config.train.per_device_train_batch_size
-    batch = blank_batch(model, rows, size, blank_texts(model, rows))
+    batch = batch_of(model, config, size)
     model.stage("train")
     model.net.train()
     optimizer = make_optimizer(list(model.named_weights.trainable().values()), config.train)

@@ -91,8 +91,8 @@ def licence(path: str, revision: str | None = None, kind: str = "model") -> str 
     return ", ".join(map(str, found)) if isinstance(found, list) else found
 
 
-def push(folder: Path, files: Sequence[Path], repo: str, private: bool) -> str:
-    """Upload these files of a folder to a model repository, made if there is none; returns its address.
+def push(folder: Path, files: Sequence[Path], repo: str, private: bool, kind: str = "model") -> str:
+    """Upload these files of a folder to a repository of this kind, made if there is none; returns its address.
 
     Raises:
         ModelError: not logged in, or no such name.
@@ -105,8 +105,10 @@ def push(folder: Path, files: Sequence[Path], repo: str, private: bool) -> str:
         raise ModelError(f"{repo}: not logged in to the hub", hint="log in with `hf auth login`")
     names = [str(f.relative_to(folder)) for f in files]
     try:
-        address = HfApi().create_repo(repo, private=private, exist_ok=True)
-        HfApi().upload_folder(repo_id=repo, folder_path=folder, allow_patterns=names, commit_message="Upload by diffalign")
+        address = HfApi().create_repo(repo, private=private, exist_ok=True, repo_type=kind)
+        HfApi().upload_folder(
+            repo_id=repo, folder_path=folder, allow_patterns=names, commit_message="Upload by diffalign", repo_type=kind
+        )
     except HFValidationError as e:
         raise ModelError(f"{repo}: no name of a repository", hint="it is owner/name") from e
     except OSError as e:  # refused, or no connection

@@ -10,28 +10,32 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from diffalign.data.files import write_json, write_text
-from diffalign.data.prompts import Prompt, read_prompts
+from diffalign.data.prompts import Prompt, normalised, read_prompts
 from diffalign.errors import ConfigError, DataError
 from diffalign.hub import cache_dir, licence, resolve
 from diffalign.models import Format, LoRA, Model, ModelSpec, load_model
-from diffalign.objectives import OBJECTIVES, Objective, Total
-from diffalign.pairs import PAIR_RULES, BestWorst, PairRule
-from diffalign.sampling import Item, Sampler, sample
+from diffalign.objectives import OBJECTIVES, Objective, Total, metrics_of
+from diffalign.pairs import PAIR_RULES, BestWorst, Group, PairRule
+from diffalign.sampling import Sampler
 from diffalign.scorers import card_of, table
 from diffalign.scoring import device, make_scorers, quiet
-from diffalign.spec import Spec, dump, load, validate
+from diffalign.spec import Spec, dump, load
 from diffalign.suites import is_suite, suite_prompts
 from diffalign.timesteps import TIMESTEPS, TimestepPolicy, Uniform
+from diffalign.train.coupling import Coupling
+from diffalign.train.feeds import Curriculum
+from diffalign.train.references import MOVING, REFERENCES, Base, ReferencePolicy
 from diffalign.train.state import TrainSettings, TrainState, checkpoints, make_optimizer
 
 if TYPE_CHECKING:
+    from diffalign.data.examples import Example
     from diffalign.data.pairs import Pair
     from diffalign.scorers import Card, Scorer
     from diffalign.train.evaluate import Evaluation
@@ -58,6 +62,22 @@ class DataSpec(Spec):
     """Cut each pair to the size of about that area that its winner's shape is nearest to, instead of to a square."""
     shuffle_labels: bool = False
     """Exchange winner and loser by a coin: the control that a method must beat."""
+    evaluation_prompts: Literal["refuse", "drop", "keep"] = "refuse"
+    """Training pairs whose prompt is evaluated on as well, whatever its case, punctuation and spaces."""
+    swap_labels: bool = False
+    """Train on the opposite preference, for a model to be guided away from (Diffusion-NPO)."""
+    flip_labels: float = Field(default=0.0, ge=0, lt=0.5)
+    """Share of training pairs whose label is exchanged: noise that robust losses are made for."""
+    p_win_scale: float | None = Field(default=None, gt=0)
+    """Soft labels from scores: p_win = sigmoid(p_win_scale (R_w - R_l))."""
+    standardize_scores: bool = False
+    """Divide scores by the standard deviation of all training scores."""
+    curriculum: Curriculum | None = None
+    """Bring pairs in by their gap in score, the clearest first."""
+    positive_share: float | None = Field(default=None, gt=0, lt=1)
+    """Of labels: weigh them so that good images carry this share."""
+    group_size: int = Field(default=4, ge=2)
+    """Images per group, for losses on groups."""
 
 
 class EvaluateSpec(Spec):
@@ -99,6 +119,10 @@ class TrainConfig(Spec):
     objective: Objectives  # type: ignore[valid-type]
     """One objective ``{type: sigmoid, beta: 5000}``, or a list of such with ``weight``."""
     timesteps: Annotated[TimestepPolicy, TIMESTEPS] = Uniform()
+    coupling: Coupling = Coupling()
+    """What the pictures of a pair or group share."""
+    reference: Annotated[ReferencePolicy, REFERENCES] = Base()
+    """What the policy is compared with."""
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSpec = EvaluateSpec()
     output_dir: str
@@ -108,6 +132,7 @@ class TrainConfig(Spec):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         s = self.train
+        _consistent(self)
         if s.metric_for_best.startswith("heldout/") and self.data.holdout == 0 and (s.early_stopping_patience or s.load_best):
             raise ValueError(f"train.metric_for_best is {s.metric_for_best}, but data.holdout is 0: set data.holdout above 0")
         if s.early_stopping_patience and not s.eval_steps:
@@ -118,25 +143,40 @@ class TrainConfig(Spec):
             raise ValueError("train.metric_for_best: select/score needs evaluate.prompts of the built-in world (shapes:...)")
         return self
 
+    @property
+    def total(self) -> Total:
+        """The objectives as one."""
+        return Total(self.objective, self.train.protect_winner)
 
-class GenerateConfig(Spec):
-    """Images of many prompts, written as the images table of a dataset folder."""
 
-    version: Literal[1] = 1
-    model: ModelSpec = ModelSpec(path="shapes-unet")
-    prompts: str = "shapes:train"
-    num_prompts: int | None = Field(default=None, ge=1)
-    negative_prompt: str | None = None
-    """For prompts that bring none of their own."""
-    images_per_prompt: int = Field(default=1, ge=1)
-    seed: int = Field(default=0, ge=0)
-    sampling: Sampler = Sampler()
-    shard_size: int = Field(default=512, ge=1)
-    """Images per Parquet shard; a killed run goes on at the first missing shard."""
-    split_salt: str = ""
-    licence: str | None = None
-    """Written to every row."""
-    output_dir: str
+def _consistent(c: TrainConfig) -> None:
+    """Refuse what contradicts itself between objective, data, coupling and reference, with the remedy."""
+    total, data, noise = c.total, c.data, c.coupling.noise
+    names = " + ".join(str(getattr(o, "type", type(o).__name__)) for o in total.parts)
+    pairs_only = {
+        "data.shuffle_labels": data.shuffle_labels,
+        "data.swap_labels": data.swap_labels,
+        "data.flip_labels": data.flip_labels > 0,
+        "data.p_win_scale": data.p_win_scale is not None,
+        "data.curriculum": data.curriculum is not None,
+        "train.protect_winner": c.train.protect_winner is not None,
+        "coupling.captions: own": c.coupling.captions == "own",
+    }
+    wrong = [key for key, is_set in pairs_only.items() if is_set and total.data != "pairs"]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is about pairs, but {names} is about {total.data}: drop it")
+    if total.data == "labels" and noise == "shared":
+        raise ValueError(f"coupling.noise is shared, but {names} sees single images, each with its own noise: drop it")
+    if data.positive_share is not None and total.data != "labels":
+        raise ValueError(f"data.positive_share is about labels, but {names} is about {total.data}: drop it")
+    if not isinstance(c.reference, Base) and "reference" not in total.needs:
+        raise ValueError(f"reference is set, but {names} does without one: drop it")
+    if c.train.protect_winner is not None and noise not in (None, "shared"):
+        raise ValueError(f"train.protect_winner compares residuals at the same noise, but coupling.noise is {noise}: drop one")
+    if data.curriculum is not None and data.buckets:
+        raise ValueError("data.curriculum orders pairs, and so does data.buckets: drop one")
+    if data.shuffle_labels and data.flip_labels:
+        raise ValueError("data.shuffle_labels and data.flip_labels both exchange labels: drop one")
 
 
 # --- pieces ---------------------------------------------------------------------------------------------------------
@@ -153,6 +193,29 @@ def prompts_of(source: str, limit: int | None, seed: int = 0, salt: str = "", ne
     else:
         found = read_prompts(source, limit)
     return [Prompt(p.text, p.negative or negative) for p in found]
+
+
+def excluded_prompts(sources: Sequence[str]) -> set[str]:
+    """Prompts of files, suites ``NAME:PATH`` and splits of the built-in world, normalised for matching."""
+    found: set[str] = set()
+    for source in sources:
+        if match := SHAPES_PROMPTS.fullmatch(source):
+            found |= shapes_captions(match[1])
+        else:
+            found |= {normalised(p.text) for p in prompts_of(source, None)}
+    return found
+
+
+def shapes_captions(split: str) -> set[str]:
+    """Every caption of a split of the built-in world, normalised."""
+    from diffalign.shapes.scene import PHRASINGS, RELATIONS, all_scenes
+
+    out = set()
+    for scene in all_scenes(split):  # type: ignore[arg-type]
+        stated = [replace(scene, relation=r) for r in RELATIONS] if scene.relation else [scene]
+        both = [s for one in stated for s in (one, replace(one, things=one.things[::-1]))]
+        out |= {normalised(s.caption(n)) for s in both for n in range(PHRASINGS)}
+    return out
 
 
 def build_model(spec: ModelSpec) -> Model:
@@ -172,7 +235,7 @@ def ready_model(spec: ModelSpec) -> Model:
 
 def build_pairs(spec: DataSpec, seed: int, given: Sequence[Pair] | None = None) -> tuple[list[Pair], list[Pair]]:
     """(training pairs, held-out pairs), of ``given`` ones or of those at ``spec.path``."""
-    from diffalign.data.pairs import read_pairs, shuffled_labels, split_by_prompt
+    from diffalign.data.pairs import flipped, read_pairs, shuffled_labels, split_by_prompt
     from diffalign.shapes.assets import ASSETS
 
     source = str(resolve(spec.path)) if spec.path in ASSETS else spec.path
@@ -180,7 +243,64 @@ def build_pairs(spec: DataSpec, seed: int, given: Sequence[Pair] | None = None) 
     training, held = split_by_prompt(pairs, spec.holdout)
     if not training:
         raise DataError(f"{spec.path}: no pair is left for training", hint="lower data.holdout or raise data.limit")
-    return (shuffled_labels(training, seed) if spec.shuffle_labels else training), held
+    share = 0.5 if spec.shuffle_labels else spec.flip_labels
+    training = shuffled_labels(training, seed, share) if share else training
+    return tuple([flipped(p) if spec.swap_labels else p for p in some] for some in (training, held))  # type: ignore[return-value]
+
+
+def build_examples(config: TrainConfig, given: Sequence[Pair] | None = None) -> tuple[list[Example], list[Example]]:
+    """(training, held out) examples of the kind that the objective is about.
+
+    Raises:
+        DataError: the data lacks what the objective reads; names the column.
+    """
+    from diffalign.data.examples import balanced, labels_of, of_pair, read_groups, read_labels
+    from diffalign.data.pairs import split_by_prompt
+    from diffalign.shapes.assets import ASSETS
+
+    spec, total = config.data, config.total
+    source = str(resolve(spec.path)) if spec.path in ASSETS else spec.path
+    match total.data:
+        case "pairs":
+            training, held = ([of_pair(p) for p in some] for some in build_pairs(spec, config.train.seed, given))
+        case "labels":
+            found = labels_of(given) if given is not None else read_labels(source, spec.limit)
+            training, held = split_by_prompt(found, spec.holdout)
+        case "groups":
+            if given is not None:
+                raise ConfigError("data: groups cannot be given as rows in memory", hint="give a table or a dataset folder")
+            training, held = split_by_prompt(read_groups(source, spec.group_size, spec.limit), spec.holdout)
+    if not training:
+        raise DataError(f"{spec.path}: no example is left for training", hint="lower data.holdout or raise data.limit")
+    reads_scores = "scores" in total.needs or spec.standardize_scores or spec.p_win_scale or spec.curriculum
+    if reads_scores and any(x.scores is None for x in (*training, *held)):
+        raise DataError(
+            f"{spec.path}: some examples have no scores",
+            hint="a table needs chosen_score and rejected_score, a dataset folder one margin per pair",
+        )
+    if config.coupling.captions == "own" and all(x.prompts[0] == x.prompts[1] for x in training):
+        raise DataError(
+            f"{spec.path}: coupling.captions is own, but no loser has a caption of its own", hint="add rejected_prompt"
+        )
+    training, held = scored(training, training, spec), scored(held, training, spec)
+    return (balanced(training, spec.positive_share) if spec.positive_share else training), held
+
+
+def scored(examples: Sequence[Example], of: Sequence[Example], spec: DataSpec) -> list[Example]:
+    """Scores in units of their spread over ``of``, and soft labels from them, as far as the settings ask."""
+    from dataclasses import replace
+
+    import numpy as np
+
+    out = list(examples)
+    if spec.standardize_scores:
+        spread = float(np.std([x.scores or () for x in of])) or 1.0
+        out = [replace(x, scores=tuple(s / spread for s in x.scores or ())) for x in out]
+    if spec.p_win_scale is not None:
+        gaps = np.array([x.scores[0] - x.scores[1] if x.scores else 0.0 for x in out])
+        likely = 1 / (1 + np.exp(-spec.p_win_scale * gaps))
+        out = [replace(x, p_win=float(p)) for x, p in zip(out, likely, strict=True)]
+    return out
 
 
 def environment() -> dict[str, Any]:
@@ -282,14 +402,15 @@ def train(config: TrainConfig, pairs: Sequence[Pair] | None = None) -> Run:
     import torch
     from accelerate.utils import set_seed
 
+    from diffalign.data.pairs import apart
     from diffalign.train.evaluate import evaluate, heldout_pairs
-    from diffalign.train.feeds import OfflinePairs
+    from diffalign.train.feeds import Offline
     from diffalign.train.loop import fit
     from diffalign.train.tracking import Tracker
 
     folder, s = Path(config.output_dir), config.train
     checkpoint = resume_point(config)
-    objective = Total(config.objective)
+    objective = config.total
     accelerator = make_accelerator(s.mixed_precision, s.report_to, folder)
     main = accelerator.is_main_process
     resolved = dump(config)
@@ -298,18 +419,21 @@ def train(config: TrainConfig, pairs: Sequence[Pair] | None = None) -> Run:
     set_seed(s.seed)
     make_optimizer([torch.nn.Parameter(torch.zeros(1))], s)  # if it cannot be had, say so now
     model = build_model(config.model).stage("pictures", accelerator.device)
-    training, held = build_pairs(config.data, s.seed, pairs)
+    training, held = build_examples(config, pairs)
     scorers = make_scorers(config.evaluate.scorers)
     if config.evaluate.enabled:
-        asked_of(config.evaluate, model)  # what is wrong with them shows before the training, not after it
+        asked = asked_of(config.evaluate, model)  # what is wrong with them shows before the training, not after it
+        training = apart(training, [p.text for p in asked], config.data.evaluation_prompts)
     if main:
         write_json(folder / "env.json", environment() | {"licences": licences(config)})
     size = (config.data.resolution,) * 2 if config.data.resolution else model.resolution
     shared: dict[str, Any] = {"size": size, "batch_size": s.per_device_train_batch_size, "seed": s.seed}
     shared["granularity"] = model.granularity if config.data.buckets else None
 
-    def feed_of(pairs: Sequence[Pair], **more: Any) -> OfflinePairs:
-        return OfflinePairs(model, pairs, config.timesteps, cache_dir(), **shared, **more)
+    shared |= {"data": objective.data, "coupling": config.coupling}
+
+    def feed_of(examples: Sequence[Example], **more: Any) -> Offline:
+        return Offline(model, examples, config.timesteps, cache_dir(), **shared, **more)
 
     with accelerator.main_process_first():  # the first fills the cache, the others read it
         feed = feed_of(
@@ -318,6 +442,7 @@ def train(config: TrainConfig, pairs: Sequence[Pair] | None = None) -> Run:
             rank=accelerator.process_index,
             world=accelerator.num_processes,
             caption_dropout=s.caption_dropout,
+            curriculum=config.data.curriculum,
         )
         held_feed = feed_of(held) if held else None
 
@@ -325,7 +450,7 @@ def train(config: TrainConfig, pairs: Sequence[Pair] | None = None) -> Run:
     if cut and main:
         log.warning("%d prompts are longer than the text encoder reads, and are cut", cut)
     model.stage("train")  # all is cached
-    state = TrainState(model, accelerator, s)
+    state = TrainState(model, accelerator, s, config.reference)
     if checkpoint is not None:
         state.load(checkpoint)
     tracker = Tracker(folder, accelerator, s.max_steps, s.report_to, config.model_dump(mode="json"))
@@ -344,7 +469,16 @@ def train(config: TrainConfig, pairs: Sequence[Pair] | None = None) -> Run:
                 values["select/score"] = result.score.mean().item()
         return values
 
-    fit(state, feed, objective, tracker, heldout, lambda: state.save(folder, resolved))
+    @torch.no_grad()
+    def drift() -> float:
+        """|error under the moving reference - error under the base|, the mean over one fixed batch of winners."""
+        batch = next(feed.fixed())
+        with unwrapped(state), model.weights(MOVING):
+            terms = feed.terms(model, batch, frozenset({"reference"}))
+        gone = metrics_of(terms)["drift/winner"]
+        return gone[gone.isfinite()].mean().abs().item()
+
+    fit(state, feed, objective, tracker, heldout, lambda: state.save(folder, resolved), drift)
     metrics: dict[str, Any] = {"steps": state.step, "denoiser_passes": state.cost, "train_seconds": round(state.seconds, 1)}
     if cut:
         metrics["truncated_prompts"] = cut
@@ -518,79 +652,6 @@ def export_run(run: Path, format: Format, output: Path | None = None, dtype: str
     return out
 
 
-# --- generate -------------------------------------------------------------------------------------------------------
-
-
-def generate_dataset(config: GenerateConfig) -> tuple[Path, int]:
-    """The whole of ``diffalign generate``; returns the folder and how many images were made now."""
-    from tqdm import tqdm
-
-    from diffalign.data.images import encode_png, sha256, to_pil
-    from diffalign.data.tables import run_shards
-
-    folder = Path(config.output_dir)
-    prompts = prompts_of(config.prompts, config.num_prompts, config.seed, config.split_salt, config.negative_prompt)
-    items = [Item(p, k) for p in prompts for k in range(config.images_per_prompt)]
-    shards = -(-len(items) // config.shard_size)
-    model = ready_model(config.model)
-    env = environment()["versions"]
-    plan = {k: v for k, v in config.model_dump(mode="json").items() if k != "output_dir"}
-    plan["prompts_hash"] = sha256(json.dumps([p.id for p in prompts]).encode())
-    shared = {
-        "seed": config.seed,
-        "model": config.model.path,
-        "revision": config.model.revision,
-        "adapter": config.model.lora.path if config.model.lora else None,
-        "sampler": type(model.scheduler).__name__,
-        "num_inference_steps": config.sampling.num_inference_steps,
-        "guidance_scale": config.sampling.guidance_scale,
-        "versions": json.dumps(env),
-        "licence": config.licence,
-    }
-    made = 0
-    with tqdm(total=len(items), desc="generate", unit="image", dynamic_ncols=True) as bar:
-
-        def shard(n: int) -> list[dict[str, Any]]:
-            nonlocal made
-            mine = items[n * config.shard_size : (n + 1) * config.shard_size]
-            bar.update(n * config.shard_size - bar.n) if bar.n < n * config.shard_size else None
-            rows = []
-            for start in range(0, len(mine), config.sampling.batch_size):
-                batch = mine[start : start + config.sampling.batch_size]
-                for item, image in zip(batch, to_pil(sample(model, batch, config.sampling, config.seed)), strict=True):
-                    data = encode_png(image)
-                    rows.append({
-                        **shared,
-                        "image_id": f"{item.prompt.id}-{config.seed}-{item.k}",
-                        "sha256": sha256(data),
-                        "prompt_id": item.prompt.id,
-                        "prompt": item.prompt.text,
-                        "negative_prompt": item.prompt.negative,
-                        "image": {"bytes": data, "path": None},
-                        "k": item.k,
-                        "width": image.width,
-                        "height": image.height,
-                    })  # fmt: skip
-                bar.update(len(batch))
-                made += len(batch)
-            return rows
-
-        run_shards(folder, "images", plan, shards, shard)
-    return folder, made
-
-
-def load_config(cls: type[Any], first: str | None, overrides: Sequence[str]) -> Any:
-    """A config file with overrides, a run directory's resolved config, or overrides alone."""
-    from diffalign.spec import with_overrides
-
-    if first is None:
-        return validate(cls, with_overrides({}, overrides), "command line")
-    path = Path(first)
-    if path.is_dir():
-        path = path / "config.resolved.yaml"
-    return load(cls, path, overrides)
-
-
 # --- pairs ----------------------------------------------------------------------------------------------------------
 
 
@@ -652,7 +713,7 @@ def make_pairs(config: PairsConfig) -> Path:
         rows: dict[str, list[dict[str, Any]]] = {"images": [], "scores": [], "pairs": []}
         for i, prompt in enumerate(mine):
             ids: dict[int, str] = {}
-            for preference in config.rule(reward[i].tolist()):
+            for preference in config.rule(Group(reward[i].tolist(), {n: v[i].tolist() for n, v in values.items()})):
                 for j in (preference.chosen, preference.rejected):
                     if j in ids:
                         continue
@@ -713,8 +774,7 @@ def catalogue(what: str) -> list[tuple[str, str]]:
             found = [(name, find_family(name)) for name in FAMILIES]
             return [(cls.family, said.format(name, cls, " or ".join(cls.kinds))) for name, cls in found]
         case "objectives":
-            docs = {name: (cls.__doc__ or "").strip().splitlines()[0] for name, cls in OBJECTIVES.options.items()}
-            rows = [(name, f"{docs[name]} ({getattr(cls, 'paper', '')})") for name, cls in OBJECTIVES.options.items()]
+            rows = [(name, _objective_line(cls)) for name, cls in OBJECTIVES.options.items()]
             return rows + [(alias, f"alias of {name}") for alias, name in OBJECTIVES.aliases.items()]
         case "scorers":
             cards = [(name, card_of(name)) for name in table()]
@@ -726,10 +786,26 @@ def catalogue(what: str) -> list[tuple[str, str]]:
                 ("http:URL", "a scorer of `diffalign serve`"),
                 ("pkg.mod:obj", "any callable f(images, prompts)"),
             ]
+        case "rules":
+            return [(name, (cls.__doc__ or "").strip().splitlines()[0]) for name, cls in PAIR_RULES.options.items()]
+        case "formats":
+            from diffalign.data.formats import LAYOUTS
+
+            found = [(name, (layout.read.__doc__ or "").strip().splitlines()[0]) for name, layout in LAYOUTS.items()]
+            return [*found, ("folders", "chosen/ and rejected/ with pictures of the same names, prompts in .txt files")]
         case "presets":
             heads = {n: p.read_text().splitlines()[0].removeprefix("# ") for n, p in shipped_configs().items()}
             return list(heads.items())
     raise ConfigError(f"nothing is listed as {what!r}")
+
+
+def _objective_line(cls: Any) -> str:
+    """Formula, data, paper and how it was checked."""
+    formula = (cls.__doc__ or "").strip().splitlines()[0].removesuffix(".")
+    extra = {"reference": "a reference", "p_win": "p_win", "scores": "scores"}
+    data = [cls.data if "loser" in cls.needs or cls.data != "pairs" else "winners"]
+    data += [said for need, said in extra.items() if need in cls.needs]
+    return f"{formula} | {', '.join(data)} | {cls.paper} | checked: {cls.checked}"
 
 
 def _card_line(card: Card | None) -> str:

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 
-from diffalign.cells import isolated
 from diffalign.data.images import decode
 from diffalign.errors import DataError
-from diffalign.scorers import ScoreBatch, ScoreInput, Scorer
+from diffalign.scorers import ScoreBatch, ScoreInput, Scorer, isolated
 from diffalign.scoring import Identity, identify, make_scorers
 
 PICTURE_BYTES = 32 << 20  # of base64, for one picture of a batch
@@ -78,9 +77,10 @@ class ScorerServer(ThreadingHTTPServer):
         for n, column in found.values.items():
             for i, v in zip(good, column.tolist(), strict=True):
                 values[n][i] = v if v == v else None
-        for i, error in zip(good, found.errors, strict=True):
-            errors[i] = error
-        return {"values": values, "errors": errors, "partial": sorted(found.partial)}
+        truncated = [False] * len(images)
+        for i, error, cut in zip(good, found.errors, found.truncated, strict=True):
+            errors[i], truncated[i] = error, cut
+        return {"values": values, "errors": errors, "partial": sorted(found.partial), "truncated": truncated}
 
 
 def _parts(body: Any, limit: int) -> tuple[list[Any], list[str]]:

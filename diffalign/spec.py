@@ -247,6 +247,16 @@ def load(cls: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
     return validate(cls, with_overrides(load_yaml(path), overrides), str(path))
 
 
+def load_config(cls: type[S], first: str | None, overrides: Sequence[str]) -> S:
+    """A config file with overrides, a run directory's resolved config, or overrides alone."""
+    if first is None:
+        return validate(cls, with_overrides({}, overrides), "command line")
+    path = Path(first)
+    if path.is_dir():
+        path = path / "config.resolved.yaml"
+    return load(cls, path, overrides)
+
+
 def dump(spec: Spec) -> str:
     """A Spec as YAML that loads to an equal Spec."""
     return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -16,9 +16,13 @@ from diffalign.data.scores import Scored
 
 
 def columns_of(rows: Sequence[Scored]) -> list[str]:
-    """Names of all measured values, in the order in which they first appear; those with no value anywhere come last."""
+    """Names of all measured values, in the order in which they first appear; those with no value anywhere come last.
+
+    A scorer of several values, ``scorer/value``, has failures alone under its own name, which is no column then.
+    """
     names = dict.fromkeys(n for r in rows for n, v in r.values.items() if v is not None)
-    return list(names | dict.fromkeys(n for r in rows for n in r.values))
+    several = {n.partition("/")[0] for n in names if "/" in n}
+    return list(names | dict.fromkeys(n for r in rows for n in r.values if n not in several))
 
 
 def summary(rows: Sequence[Scored]) -> dict[str, Any]:
@@ -29,7 +33,8 @@ def summary(rows: Sequence[Scored]) -> dict[str, Any]:
         mean = math.fsum(values) / len(values) if values else None
         scorers[name] = {
             "values": len(values),
-            "missing": sum(name in r.errors for r in rows),
+            "missing": sum(name in r.errors or name.partition("/")[0] in r.errors for r in rows),
+            "truncated": sum(name in r.truncated for r in rows),
             "mean": mean,
             "std": math.sqrt(math.fsum((v - mean) ** 2 for v in values) / len(values)) if mean is not None else None,
         }
@@ -52,7 +57,8 @@ def summary_lines(said: dict[str, Any]) -> list[str]:
     out = []
     for name, s in said["scorers"].items():
         numbers = "no value" if s["mean"] is None else f"mean {s['mean']:.4f}, deviation {s['std']:.4f}, {s['values']} values"
-        out.append(f"{name}: {numbers}" + (f", {s['missing']} missing" if s["missing"] else ""))
+        missing = f", {s['missing']} missing" if s["missing"] else ""
+        out.append(f"{name}: {numbers}{missing}" + (f", {s['truncated']} with cut prompts" if s["truncated"] else ""))
     if said["unreadable"]:
         out.append(f"{said['unreadable']} of {said['images']} pictures could not be read")
     out += [f"  {count} x {reason}" for reason, count in said["reasons"].items()]
@@ -60,7 +66,8 @@ def summary_lines(said: dict[str, Any]) -> list[str]:
         out.append(f"{len(said['blank'])} blank pictures: {_some(said['blank'])}")
     for key, what in (("duplicates", "the same bytes"), ("near_duplicates", "nearly the same look")):
         if said[key]:
-            out.append(f"{len(said[key])} groups of {what}: {_some([' = '.join(g[:3]) for g in said[key]])}")
+            groups = "1 group" if len(said[key]) == 1 else f"{len(said[key])} groups"
+            out.append(f"{groups} of {what}: {_some([' = '.join(g[:3]) for g in said[key]])}")
     return out
 
 

@@ -7,14 +7,16 @@ check_objective(MyObjective(beta=2.0))
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from diffalign.objectives import Objective, PairTerms, Total
+from diffalign.objectives import GroupTerms, LabelTerms, Objective, PairTerms, Terms, Total
 from diffalign.spec import Spec, dump
 
-_NAMES = ("winner", "loser", "ref_winner", "ref_loser")
+T = TypeVar("T", bound=Terms)
+_ERRORS = ("winner", "loser", "error", "distance")
 
 
 def random_terms(needs: frozenset[str], rows: int = 8, seed: int = 0) -> PairTerms:
@@ -24,57 +26,121 @@ def random_terms(needs: frozenset[str], rows: int = 8, seed: int = 0) -> PairTer
     now = ref + 0.002 * torch.randn(2, rows, generator=g, dtype=torch.double)
     both = "loser" in needs
     seen = "reference" in needs
+    t = torch.rand(rows, generator=g)
+    scores = torch.rand(2, rows, generator=g, dtype=torch.double).sort(0, descending=True).values
+    more = {
+        "p_win": ("p_win", 0.5 + 0.5 * torch.rand(rows, generator=g, dtype=torch.double)),
+        "distance": ("distance", 1e-4 * torch.rand(rows, generator=g, dtype=torch.double)),
+        "overlap": ("overlap", 0.1 * torch.rand(rows, generator=g, dtype=torch.double)),
+    }
+    given: dict[str, Any] = {name: value for need, (name, value) in more.items() if need in needs}
+    if "scores" in needs:
+        given |= {"score_winner": scores[0], "score_loser": scores[1]}
     return PairTerms(
-        now[0],
-        now[1] if both else None,
-        ref[0] if seen else None,
-        ref[1] if seen and both else None,
-        t=torch.rand(rows, generator=g),
+        now[0], now[1] if both else None, ref[0] if seen else None, ref[1] if seen and both else None, t=t, **given
     )
 
 
-def rows_of(terms: PairTerms, rows: slice) -> PairTerms:
+def random_labels(needs: frozenset[str], rows: int = 8, seed: int = 0) -> LabelTerms:
+    """Single images, every other one good."""
+    p = random_terms(frozenset({"reference"}) | needs, rows, seed)
+    return LabelTerms(p.winner, torch.arange(rows) % 2 == 0, p.ref_winner, t=p.t, distance=p.distance)
+
+
+def random_groups(rows: int = 8, size: int = 4, seed: int = 0) -> GroupTerms:
+    """Groups of ``size`` images with scores in [0, 1]."""
+    p = random_terms(frozenset({"reference"}), rows * size, seed)
+    assert p.ref_winner is not None
+    scores = torch.rand(rows, size, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+    return GroupTerms(p.winner.view(rows, size), scores, p.ref_winner.view(rows, size), t=torch.rand(rows))
+
+
+def terms_for(objective: Objective, rows: int = 8, seed: int = 0) -> Terms:
+    """Random terms of the objective's kind."""
+    match objective.data:
+        case "pairs":
+            return random_terms(objective.needs, rows, seed)
+        case "labels":
+            return random_labels(objective.needs, rows, seed)
+        case "groups":
+            return random_groups(rows, seed=seed)
+
+
+def rows_of(terms: T, rows: slice) -> T:
     """Some rows of the terms."""
-    return replace(terms, **{k: v[rows] for k, v in vars(terms).items() if v is not None})
+    found: dict[str, Any] = {k: v[rows] for k, v in vars(terms).items() if isinstance(v, Tensor)}
+    return replace(terms, **found)
 
 
-def check_objective(objective: Objective) -> None:
+def at_start(terms: T) -> T:
+    """The terms of a policy that is the reference still."""
+    same = {"winner": "ref_winner", "loser": "ref_loser", "error": "ref"}
+    found = {k: v for k, ref in same.items() if (v := getattr(terms, ref, None)) is not None}
+    return replace(terms, **found, distance=None if terms.distance is None else torch.zeros_like(terms.distance))
+
+
+def slopes(objective: Objective, terms: Terms) -> tuple[Tensor, Tensor]:
+    """(B,) each: how each row's loss changes as the error of what is good falls, and as that of what is bad rises."""
+    names = [n for n in ("winner", "loser", "error") if getattr(terms, n, None) is not None]
+    inputs = {n: getattr(terms, n).detach().clone().requires_grad_(True) for n in names}
+    loss = objective(replace(terms, **inputs), {}).loss.sum()
+    found = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
+    by_name = {n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(inputs.items(), found, strict=True)}
+    match terms:
+        case PairTerms():
+            return -by_name["winner"], by_name.get("loser", torch.zeros_like(by_name["winner"]))
+        case LabelTerms():
+            return -by_name["error"] * terms.good, by_name["error"] * ~terms.good
+        case GroupTerms():
+            high = terms.scores > terms.scores.mean(-1, keepdim=True)
+            return (-by_name["error"] * high).sum(-1), (by_name["error"] * ~high).sum(-1)
+    raise TypeError(type(terms).__name__)
+
+
+def check_objective(objective: Objective, prefers: bool = True) -> None:
     """Assert what holds for every objective; raises AssertionError that says what does not.
 
-    It must return one finite loss per row that depends on that row alone, with gradients that agree with finite differences;
-    from the reference on, a lower error of the winner must lower the loss; it must use only what it declares in ``needs``;
-    and its configuration must survive a round trip.
+    It must return one finite loss per row that depends on that row alone (unless ``by_row`` is False), with gradients that
+    agree with finite differences; from the reference on, a lower error of what is good and a higher one of what is bad
+    must lower the loss, and neither of them alone may raise it (not asked of a regulariser, which ``prefers`` nothing);
+    it must use only what it declares in ``needs``; and its configuration must survive a round trip.
     """
-    terms = random_terms(objective.needs)
+    terms = terms_for(objective)
     out = objective(terms, {})
-    assert out.loss.shape == terms.winner.shape, f"loss has shape {tuple(out.loss.shape)}, not one value per row"
+    rows = len(terms.t) if terms.t is not None else 0
+    assert out.loss.shape == (rows,), f"loss has shape {tuple(out.loss.shape)}, not one value per row"
     assert out.loss.isfinite().all(), "the loss is not finite"
-    one_by_one = torch.cat([objective(rows_of(terms, slice(i, i + 1)), {}).loss for i in range(len(terms.winner))])
-    torch.testing.assert_close(out.loss, one_by_one, msg="the loss of a batch differs from the losses of its rows")
+    if objective.by_row:
+        one_by_one = torch.cat([objective(rows_of(terms, slice(i, i + 1)), {}).loss for i in range(rows)])
+        torch.testing.assert_close(out.loss, one_by_one, msg="the loss of a batch differs from the losses of its rows")
     for name, value in out.metrics.items():
-        assert value.shape == terms.winner.shape, f"metric {name} is not one value per row"
+        assert value.shape == (rows,), f"metric {name} is not one value per row"
         assert not value.requires_grad, f"metric {name} is not detached"
 
-    inputs = {n: v for n in _NAMES if (v := getattr(terms, n)) is not None}
-
-    def loss_at(**changed: Tensor) -> Tensor:
-        return objective(replace(terms, **changed), {}).loss
-
-    for name in ("winner", "loser"):
-        if name in inputs:
-            x = inputs[name].clone().requires_grad_(True)
-            (gradient,) = torch.autograd.grad(loss_at(**{name: x}).sum(), x)
-            step = 1e-6
-            slope = (loss_at(**{name: inputs[name] + step}) - loss_at(**{name: inputs[name] - step})) / (2 * step)
-            torch.testing.assert_close(gradient, slope, rtol=1e-4, atol=1e-6, msg=f"the gradient of {name} is wrong")
-    start = {"winner": terms.ref_winner, "loser": terms.ref_loser} if terms.ref_winner is not None else {}
-    here = {k: v for k, v in {**inputs, **start}.items() if v is not None}
-    better = {**here, "winner": here["winner"] - 1e-5}
-    assert (loss_at(**better) < loss_at(**here)).all(), "from the reference, a slightly better winner must lower the loss"
+    for name in _ERRORS:
+        x = getattr(terms, name, None)
+        if x is None:
+            continue
+        for k in range(x[0].numel()):  # one image of each row at a time
+            one = torch.zeros_like(x)
+            one.view(rows, -1)[:, k] = 1e-6
+            y = x.clone().requires_grad_(True)
+            total = objective(replace(terms, **{name: y}), {}).loss.sum() + 0 * y.sum()
+            (gradient,) = torch.autograd.grad(total, y)
+            up, down = (objective(replace(terms, **{name: x + sign * one}), {}).loss for sign in (1, -1))
+            slope = (up - down) / 2e-6
+            torch.testing.assert_close(
+                gradient.view(rows, -1)[:, k], slope, rtol=1e-4, atol=1e-5, msg=f"the gradient of {name} is wrong"
+            )
+    if prefers:
+        good, bad = slopes(objective, at_start(terms))
+        assert (good + bad < 0).all(), "from the reference, a better winner and a worse loser must lower the loss"
+        assert (good <= 1e-9).all(), "from the reference, a better winner raises the loss"
+        assert (bad <= 1e-9).all(), "from the reference, a worse loser raises the loss"
 
     class Holder(Spec):
         objective: Objective
 
     assert type(objective).model_validate(objective.model_dump()) == objective, "the configuration changes in a round trip"
     assert dump(Holder(objective=objective))
-    assert Total((objective,))(terms, {}).loss.shape == out.loss.shape
+    torch.testing.assert_close(Total((objective,))(terms, {}).loss, out.loss * objective.weight)

@@ -13,23 +13,31 @@ from torch import Tensor
 
 from diffalign.data.scores import Scored, read_scored
 from diffalign.errors import DataError
-from diffalign.spread import distances, diversity, diversity_line
+from diffalign.scorers.inception import NAME as INCEPTION
+from diffalign.scorers.inception import Inception
+from diffalign.scoring import device
+from diffalign.spread import distances, distances_line, diversity, diversity_line, embed
 from diffalign.stats import bootstrap_mean
 from diffalign.tally import columns_of
 
 Pair = tuple[Scored, Scored]
 
 
-def compare(a: Path, b: Path, examples: int = 3) -> dict[str, Any]:
+def compare(a: Path, b: Path, examples: int = 3, inception: Path | None = None) -> dict[str, Any]:
     """Win rate of B over A (ties one half) and mean difference B - A per scorer, with intervals clustered by prompt.
 
     Pictures are paired by prompt and number ``k``; where tables have no ``k``, by their order within the prompt. A picture
-    without a value on either side is left out and counted, never taken as lost.
+    without a value on either side is left out and counted, never taken as lost. ``inception`` are torch-fidelity's weights:
+    its features are then kept beside the embeddings, and distances are told by them too.
 
     Raises:
         DataError: the folders share no prompt, or no scorer of the same version.
     """
     left, right = read_scored(a), read_scored(b)
+    if inception is not None:
+        look = Inception(inception, device())
+        for folder in (a, b):
+            embed(folder, look, INCEPTION)
     pairs = _paired(left, right)
     if not pairs:
         raise DataError(f"{a} and {b} share no prompt", hint="score pictures of the same prompts")
@@ -74,13 +82,12 @@ def _measured(name: str, pairs: Sequence[Pair], total: int, examples: int) -> di
     for pair in pairs:
         if category := pair[0].category or pair[1].category:
             categories[category].append(pair)
-    half = min(examples, len(ordered) // 2)
     return {
         **_estimates(name, pairs),
         "missing": total - len(pairs),
         "categories": {c: _estimates(name, found) for c, found in sorted(categories.items())},
-        "best": [_example(name, p) for p in ordered[: max(half, 1)]],
-        "worst": [_example(name, p) for p in ordered[len(ordered) - half :][::-1]],
+        "best": [_example(name, p) for p in ordered[:examples] if _gap(name, p) > 0],
+        "worst": [_example(name, p) for p in ordered[: -examples - 1 : -1] if _gap(name, p) < 0],
     }
 
 
@@ -124,10 +131,7 @@ def compare_lines(said: dict[str, Any]) -> list[str]:
         for which in ("best", "worst"):
             out += [f"  {which}: {_said(e)}" for e in s[which]]
     for encoder, d in said["distances"].items():
-        out.append(
-            f"embeddings {encoder[:12]} of {d['n'][0]} and {d['n'][1]} pictures: Frechet distance {d['frechet']:.4g},"
-            f" KID {d['kid']:.4g}, CMMD {d['cmmd']:.4g}, precision {d['precision']:.3f}, recall {d['recall']:.3f}"
-        )
+        out.append(distances_line(encoder, d))
         for side in "ab":
             out += [f"  {side.upper()}: {diversity_line(v)}" for e, v in said["diversity"][side].items() if e == encoder]
     return out

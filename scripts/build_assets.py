@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -317,20 +318,20 @@ def build_clip(work: Path) -> Any:
 def clutter(n: int, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Pictures of up to four things, many of them between two shapes, and what is in each: arrays (n, 4).
 
-    A thing between two shapes is called by the nearer one; one in ten is two outlines side by side and has no shape.
+    A thing between two shapes is called by the nearer one; one in seventeen is two outlines side by side and has no shape.
     """
     shape = np.where(rng.random((n, 4)) < 0.4, rng.integers(len(SHAPES), size=(n, 4)), -1)
     other = (np.maximum(shape, 0) + rng.integers(1, len(SHAPES), size=(n, 4))) % len(SHAPES)
-    towards = np.where(rng.random((n, 4)) < 0.6, rng.uniform(0, 0.45, (n, 4)), 0).astype(np.float32)
+    towards = np.where(rng.random((n, 4)) < 0.6, rng.uniform(0, 0.3, (n, 4)), 0).astype(np.float32)
     centre = np.array([[8, 8], [24, 8], [8, 24], [24, 24]], np.float32)
     at = (centre + rng.uniform(-2.5, 2.5, (n, 4, 2))).astype(np.float32)
     r = rng.uniform(3.2, 5.5, (n, 4)).astype(np.float32)
     rgb = np.array(list(COLOURS.values()), np.float32)[rng.integers(len(COLOURS), size=(n, 4))]
     rgb = np.clip(rgb + rng.normal(0, 10, rgb.shape), 0, 255).astype(np.float32)
     paper = np.array(list(BACKGROUNDS.values()), np.float32)[rng.integers(len(BACKGROUNDS), size=n)]
-    odd = rng.random((n, 4)) < 0.1
+    odd = rng.random((n, 4)) < 0.06
     turn = rng.uniform(0, 2 * np.pi, (n, 4))
-    aside = (0.8 * r[..., None] * np.stack([np.cos(turn), np.sin(turn)], -1)).astype(np.float32)
+    aside = (1.1 * r[..., None] * np.stack([np.cos(turn), np.sin(turn)], -1)).astype(np.float32)
     grid = np.arange(32, dtype=np.float32) + 0.5
     out = np.broadcast_to(paper[:, None, None], (n, 32, 32, 3)).copy()
     for j in range(4):
@@ -359,16 +360,34 @@ def damage(x: Tensor) -> Tensor:
     return (x + 0.08 * strength * torch.randn_like(x)).clamp(0, 1)
 
 
+def softened(images: Tensor, work: Path) -> Tensor:
+    """Pictures (N, 3, H, W) uint8 through the autoencoder with some noise on their latents, as a denoiser leaves it."""
+    from diffusers import AutoencoderKL
+
+    kept = work / "second-soft.pt"
+    if not kept.exists():
+        vae = AutoencoderKL.from_pretrained(ASSETS / "shapes-unet" / "vae").float().eval()
+        out = []
+        with torch.no_grad():
+            for part in tqdm(images.split(500), desc="soften"):
+                z = vae.encode(part.float() / 127.5 - 1).latent_dist.mean
+                z = z + 0.3 * z.std() * torch.rand(len(z), 1, 1, 1) * torch.randn_like(z)
+                out.append(((vae.decode(z).sample / 2 + 0.5).clamp(0, 1) * 255).round().byte())
+        torch.save(torch.cat(out), kept)
+    return torch.load(kept, weights_only=True)
+
+
 def build_second(work: Path) -> Any:
-    """The second judge: told the truth about damaged renders."""
+    """The second judge: told the truth about damaged renders, one network of them alone and one also of decoded ones."""
     from safetensors.torch import save_file
 
-    torch.manual_seed(SEED)
-    net = second.network()
     rng = np.random.default_rng((SEED, 10))
     neat = sample_layout(sample_scenes(20_000, "train", rng), rng)
-    drawn, messy = clutter(50_000, rng)
+    drawn, messy = clutter(30_000, rng)
     images = torch.from_numpy(np.concatenate([render(neat), drawn])).permute(0, 3, 1, 2)
+    torch.manual_seed(SEED)
+    nets = second.networks()
+    soft = softened(images, work)
     palette, papers = (torch.tensor(list(c.values()), dtype=torch.float32) for c in (COLOURS, BACKGROUNDS))
 
     def joined(one: np.ndarray, other: np.ndarray, empty: float) -> Tensor:
@@ -383,9 +402,10 @@ def build_second(work: Path) -> Any:
     there = nn.functional.one_hot(colour, len(COLOURS)) * (shape >= 0)[..., None]  # (N, things, colours)
     once = there.sum(1) == 1  # where and what a colour is can be asked where one thing has it
 
-    def loss(step: int) -> Tensor:
+    def loss(net: nn.Module, share: float, step: int) -> Tensor:
         rows = torch.randint(len(images), (128,))
-        out = net(damage(images[rows].float() / 255))
+        decoded = (torch.rand(128) < share)[:, None, None, None]
+        out = net(damage(torch.where(decoded, soft[rows], images[rows]).float() / 255))
         slot, ask = there[rows], once[rows]
         of = lambda v: (v[rows][..., None] * slot).sum(1)[ask]  # noqa: E731
         ce = nn.functional.cross_entropy
@@ -397,12 +417,13 @@ def build_second(work: Path) -> Any:
             + 0.3 * ce(out["count"], (shape[rows] >= 0).sum(1))
         )
 
-    train("second", work, net, loss, steps=4000, lr=2e-3)
+    for name, net, share in zip(("second", "second-renders"), nets, (0.6, 0.0), strict=True):
+        train(name, work, net, partial(loss, net, share), steps=3500, lr=2e-3)
     folder = ASSETS / "shapes-second"
     folder.mkdir(parents=True, exist_ok=True)
-    half = {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
+    half = {k: v.half() if v.is_floating_point() else v for k, v in nets.state_dict().items()}
     save_file(half, folder / "model.safetensors")
-    return net
+    return nets
 
 
 def pack(work: Path) -> None:

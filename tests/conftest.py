@@ -148,14 +148,18 @@ class FakeHub:
 
     def __init__(self) -> None:
         self.private: bool | None = None
+        self.kind: str | None = None
         self.files: dict[str, list[str]] = {}
 
-    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> str:
+    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool, repo_type: str) -> str:
         assert exist_ok
-        self.private = private
+        self.private, self.kind = private, repo_type
         return f"https://huggingface.co/{repo_id}"
 
-    def upload_folder(self, *, repo_id: str, folder_path: Path, allow_patterns: list[str], commit_message: str) -> None:
+    def upload_folder(
+        self, *, repo_id: str, folder_path: Path, allow_patterns: list[str], commit_message: str, repo_type: str
+    ) -> None:
+        assert repo_type == self.kind
         from huggingface_hub.utils import filter_repo_objects
 
         there = [str(f.relative_to(folder_path)) for f in Path(folder_path).rglob("*") if f.is_file()]

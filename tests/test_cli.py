@@ -245,3 +245,11 @@ def test_a_scorer_that_gives_nan_is_named(overrides: list[str], tmp_path: Path, 
     done = cli("train", CONFIG, *overrides, "evaluate.scorers=[nan_scores:bad]")
     assert done.exit_code == 2
     assert "scorer bad: no bad for" in done.output
+
+
+def test_training_on_the_evaluation_is_refused(pairs_csv: Path, overrides: list[str], tmp_path: Path) -> None:
+    prompts = [line.split('"')[1] for line in pairs_csv.read_text().splitlines()[1:]]
+    (tmp_path / "bench.txt").write_text("\n".join(prompts).upper())
+    result = cli("train", CONFIG, *overrides, f"evaluate.prompts={tmp_path / 'bench.txt'}")
+    assert result.exit_code == 2
+    assert "have a prompt that is evaluated on" in result.output

@@ -15,7 +15,7 @@ from PIL import Image
 from diffalign.data import images
 from diffalign.data.cache import TensorCache
 from diffalign.data.files import write_json, write_text
-from diffalign.data.pairs import read_pairs, shuffled_labels, split_by_prompt
+from diffalign.data.pairs import apart, read_pairs, shuffled_labels, split_by_prompt
 from diffalign.data.prompts import Prompt, read_prompts
 from diffalign.data.tables import read_table, run_shards, schemas, write_shard
 from diffalign.errors import DataError, DiffalignError
@@ -181,6 +181,17 @@ def test_held_out_prompts_never_train(pairs_csv: Path) -> None:
     assert held
     assert not {p.prompt for p in training} & {p.prompt for p in held}
     assert len(training) + len(held) == 40
+
+
+def test_evaluation_prompts_are_refused_or_left_out(pairs_csv: Path) -> None:
+    pairs = read_pairs(pairs_csv)
+    asked = [pairs[3].prompt.upper().replace(" ", "  ") + ".", "something else"]
+    with pytest.raises(DataError, match=r"1 of 40 training pairs have a prompt .*=drop"):
+        apart(pairs, asked, "refuse")
+    assert apart(pairs, asked, "drop") == [p for i, p in enumerate(pairs) if i != 3]
+    assert apart(pairs, asked, "keep") == pairs == apart(pairs, ["something else"], "refuse")
+    with pytest.raises(DataError, match="40 of 40"):
+        apart(pairs, [p.prompt for p in pairs], "drop")
 
 
 def test_shuffled_labels_flip_about_half_and_are_fixed(pairs_csv: Path) -> None:

@@ -14,15 +14,19 @@ from conftest import FakeHub, picture
 
 from diffalign.cells import ScoreConfig, score
 from diffalign.cli import main
+from diffalign.importing import ImportConfig, import_pairs
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+CHAIN = re.search(r"^## From prompts to a trained model\n+((?: {4}.+\n)+)", PAGES[0].read_text(), re.M)
+"""Commands of the README that build on one another; a test of their own runs them in order."""
 COMMANDS = [
     (page.name, line)
     for page in PAGES
     for line in dict.fromkeys(
         m.strip() for m in re.findall(r"^ {4}(diffalign .+)$|^(diffalign .+)$", page.read_text(), re.M) for m in m if m
     )
+    if CHAIN is None or line not in CHAIN[1]
 ]
 
 
@@ -38,11 +42,25 @@ def stand_ins(line: str, tmp_path: Path, tiny: Path, pairs_csv: Path, finished: 
     if line.startswith("diffalign compare"):
         for name, folder in (("YOUR_IMAGES", "scored"), ("YOUR_OTHER_IMAGES", "other")):
             score(ScoreConfig(path=str(tmp_path / name), scorers=["compressibility"], output_dir=str(tmp_path / folder)))
+    for side in ("chosen", "rejected") if "YOUR_FOLDERS" in line else ():
+        (tmp_path / "YOUR_FOLDERS" / side).mkdir(parents=True)
+        picture(len(side)).save(tmp_path / "YOUR_FOLDERS" / side / "a.png")
+        (tmp_path / "YOUR_FOLDERS" / "a.txt").write_text("a red circle on a grey background")
+    if "YOUR_DATASET" in line:
+        said = {"path": str(pairs_csv), "format": "trl", "output_dir": str(tmp_path / "YOUR_DATASET")}
+        import_pairs(ImportConfig(**said))
+    if "YOUR_SCORED" in line:
+        for i, image in enumerate(sorted((tmp_path / "YOUR_IMAGES").glob("*.png"))):
+            picture(i, 32 + 8 * i).save(image)  # of different sizes as JPEG
+        words = {"path": str(tmp_path / "YOUR_IMAGES"), "scorers": ["compressibility"], "output_dir": str(tmp_path / "scored")}
+        score(ScoreConfig(**words))
     line = line.partition(" #")[0]
     for name, value in {
         "YOUR_MODEL": str(tiny),
         "YOUR_PAIRS": str(pairs_csv),
         "YOUR_CLIP": str(clip),
+        "YOUR_DATASET": str(tmp_path / "YOUR_DATASET"),
+        "YOUR_SCORED": str(tmp_path / "scored"),
         "YOUR_PARTI.tsv": str(tmp_path / "parti.tsv"),
         "YOUR_PROMPTS.txt": str(tmp_path / "prompts.txt"),
         "CONFIG.yaml": "configs/shapes-dpo.yaml",
@@ -102,10 +120,45 @@ def test_command(
         words += ["sampling.num_inference_steps=1", "num_prompts=2"]
     if words[0] == "evaluate":
         words += ["sampling.num_inference_steps=1", "num_prompts=2"]
+    if words[0] == "pairs":
+        words += [f"image_root={tmp_path / 'YOUR_IMAGES'}"]
     if words[0] == "serve":  # would serve until interrupted
         monkeypatch.setattr("diffalign.serve.ScorerServer.serve_forever", lambda self: None)
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.slow
+def test_the_chain_of_the_readme_runs_in_order(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert CHAIN is not None
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    small = {
+        "generate": [f"model.path={tiny}", "num_prompts=12", "images_per_prompt=4", "sampling.num_inference_steps=1"],
+        "train": [f"model.path={tiny}", "train.max_steps=2", "train.per_device_train_batch_size=4", "evaluate.num_prompts=2"],
+        "evaluate": ["num_prompts=2"],
+    }
+    small["train"] += ["evaluate.sampling.num_inference_steps=1"]
+    for line in CHAIN[1].splitlines():
+        words = shlex.split(line)[1:]
+        given = {w.partition("=")[0] for w in small.get(words[0], [])}
+        words = [w for w in words if w.partition("=")[0] not in given] + small.get(words[0], [])
+        result = CliRunner().invoke(main, words)
+        assert result.exit_code == 0, f"{line}: {result.output}"
+        if words[0] == "pairs":
+            assert not result.output.startswith("0 pairs")
+    assert (tmp_path / "runs" / "mine" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_preferences_runs_and_resumes(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/preferences.py", "run", "--short", "--rows", "2"]
+    command += ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
+    for _ in range(2):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("\n| ") == 2
+    assert "preferences-2" not in done.stdout  # both rows were there
 
 
 def blocks(page: str) -> list[str]:
@@ -148,13 +201,12 @@ def test_the_documented_diff_is_a_real_objective(tmp_path: Path) -> None:
     """The lines that the diff adds make a class that passes the checks of every objective."""
     diff = re.search(r"^```diff\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.S | re.M)
     assert diff is not None
-    added = [x[1:] for x in diff[1].splitlines() if x.startswith("+") and not x.startswith("+++")]
-    body = "\n".join(x for x in added if not x.startswith(('        "ipo"', '    "ipo"')))
+    body = diff[1].partition("@@\n")[2].partition("--- a/")[0].replace("\n+", "\n").removeprefix("+")
     source = (ROOT / "diffalign/objectives/pairwise.py").read_text()
-    (tmp_path / "with_ipo.py").write_text(
-        source + "\n\n" + body + "\n\nfrom diffalign.testing import check_objective\ncheck_objective(IPO())\n"
+    (tmp_path / "with_it.py").write_text(
+        source + "\n\n" + body + "\n\nfrom diffalign.testing import check_objective\ncheck_objective(DiscoPOP())\n"
     )
-    done = subprocess.run([sys.executable, "with_ipo.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "with_it.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

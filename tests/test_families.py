@@ -20,6 +20,7 @@ from tiny_families import FAMILIES
 
 from diffalign import models
 from diffalign.cli import main
+from diffalign.data.examples import of_pair
 from diffalign.data.images import frame, to_uint8
 from diffalign.data.pairs import read_pairs
 from diffalign.errors import ModelError
@@ -28,7 +29,7 @@ from diffalign.objectives import Sigmoid, pair_metrics
 from diffalign.path import add_noise
 from diffalign.report import write_report
 from diffalign.timesteps import Uniform
-from diffalign.train.feeds import OfflinePairs
+from diffalign.train.feeds import Offline
 
 BOTH = frozenset({"loser", "reference"})
 FLOW = [name for name in FAMILIES if name.startswith(("sd3", "flux"))]
@@ -233,7 +234,9 @@ def test_dpo_starts_at_ln_2(load: Any, pairs_csv: Path, tmp_path: Path, name: st
     assert {p.dtype for p in model.net.parameters() if not p.requires_grad} == {getattr(torch, dtype)}
     assert {p.dtype for p in model.named_weights.trainable().values()} == {torch.float32}
     assert {p.dtype for p in model.pipeline.vae.parameters()} == {torch.float32}
-    feed = OfflinePairs(model, read_pairs(pairs_csv, 2), Uniform(), tmp_path, size=model.resolution, batch_size=2)
+    feed = Offline(
+        model, [of_pair(p) for p in read_pairs(pairs_csv, 2)], Uniform(), tmp_path, size=model.resolution, batch_size=2
+    )
     (batch,) = feed.batches(0)
     terms = feed.terms(model, batch, BOTH)
     loss = Sigmoid(beta=5000)(terms, {}).loss
@@ -366,9 +369,9 @@ def test_long_and_short_prompts_train_together(load: Any, pairs_csv: Path, tmp_p
     csv = pairs_csv.parent / f"mixed-{name}.csv"
     csv.write_text("\n".join(mixed) + "\n")
     model = load(name, long_prompts="chunk")
-    feed = OfflinePairs(model, read_pairs(csv), Uniform(), tmp_path, size=(32, 32), batch_size=2)
+    feed = Offline(model, [of_pair(p) for p in read_pairs(csv)], Uniform(), tmp_path, size=(32, 32), batch_size=2)
     (batch,) = feed.batches(0)
-    assert sorted(batch.cond.mask.sum(1).tolist()) == [20, 40]
+    assert sorted(batch.conds[0].mask.sum(1).tolist()) == [20, 40]
     assert pair_metrics(feed.terms(model, batch, BOTH))["margin"].tolist() == [0, 0]
 
 
@@ -396,7 +399,9 @@ def test_training_tells_the_size_of_each_picture(load: Any, tmp_path: Path, name
         Image.effect_noise(size, 80).convert("RGB").save(tmp_path / f"{file}.png")
     (tmp_path / "p.csv").write_text("prompt,chosen,rejected\na red circle,w.png,l.png\n")
     model = load(name)
-    feed = OfflinePairs(model, read_pairs(tmp_path / "p.csv"), Uniform(), tmp_path, size=model.resolution, batch_size=1)
+    feed = Offline(
+        model, [of_pair(p) for p in read_pairs(tmp_path / "p.csv")], Uniform(), tmp_path, size=model.resolution, batch_size=1
+    )
     seen: list[dict[str, torch.Tensor]] = []
     model.net.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs), with_kwargs=True)
     (batch,) = feed.batches(0)

@@ -25,6 +25,9 @@ from diffalign.serve import ScorerServer
 
 PLUGS = """
 import numpy as np
+import torch
+from diffalign.scorers import Card
+from diffalign.scorers.base import scored
 
 def pixels(images, prompts):
     arrays = [np.asarray(i, np.float64).ravel() for i in images]
@@ -34,6 +37,14 @@ def picky(images, prompts):
     if "bad" in prompts:
         raise RuntimeError("no")
     return [1.0] * len(images)
+
+class Short:
+    name, card = "short", Card("short", "reads three words", "", "", "")
+
+    def __call__(self, batch):
+        return scored("short", torch.ones(len(batch)), [len(p.split()) > 3 for p in batch.prompts])
+
+short = Short()
 """
 
 
@@ -42,8 +53,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ScorerSe
     (tmp_path / "served.py").write_text(PLUGS)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("DIFFALIGN_TOKEN", "secret")
-    with ScorerServer(["served:pixels", "served:picky", "shapes"], "secret", port=0, max_batch=4) as running:
-        thread = threading.Thread(target=running.serve_forever, daemon=True)
+    with ScorerServer(["served:pixels", "served:picky", "served:short", "shapes"], "secret", port=0, max_batch=4) as running:
+        thread = threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         yield running
         running.shutdown()
@@ -66,6 +77,12 @@ def test_a_served_scorer_gives_the_local_numbers(name: str, server: ScorerServer
         torch.testing.assert_close(value, b.values[key], rtol=0, atol=0, equal_nan=True)
     assert a.partial == b.partial
     assert identify(name, local) == identify(f"http:{address(server, name)}", remote)
+
+
+def test_cut_prompts_are_flagged_over_http_too(server: ScorerServer) -> None:
+    remote = make_scorer(f"http:{address(server, 'short')}")
+    batch = ScoreInput(BATCH.images[:5], ["a b c", "a b c d", "a", "b", "a b c d"])
+    assert remote(batch).truncated == [False, True, False, False, True]
 
 
 def test_an_address_alone_is_a_scorer(server: ScorerServer) -> None:
@@ -99,7 +116,7 @@ def test_what_is_wrong_is_refused_with_its_reason(server: ScorerServer) -> None:
     def post(body: object, path: str = "/pixels") -> tuple[int, dict]:
         return ask(server, "POST", path, body if isinstance(body, bytes) else json.dumps(body).encode(), **token)
 
-    assert ask(server, "GET", "/health") == (200, {"status": "ok", "scorers": ["pixels", "picky", "shapes"]})
+    assert ask(server, "GET", "/health") == (200, {"status": "ok", "scorers": ["pixels", "picky", "short", "shapes"]})
     assert ask(server, "GET", "/pixels")[0] == 401
     assert ask(server, "POST", "/pixels", json.dumps(good).encode(), Authorization="Bearer other")[0] == 401
     assert post(good)[0] == 200
@@ -149,6 +166,7 @@ def test_silence_ends_after_the_timeout_with_nulls(server: ScorerServer) -> None
         {"values": {}, "errors": [None]},
         {"values": {"a": [1, 2]}, "errors": [None]},
         {"values": {"a": ["1"]}, "errors": [None]},
+        {"values": {"a": [1]}, "errors": [None], "truncated": [1]},
     ],
 )
 def test_answers_that_are_none_are_not_believed(said: object) -> None:

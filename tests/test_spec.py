@@ -9,8 +9,8 @@ import pytest
 
 from diffalign.errors import ConfigError
 from diffalign.objectives import MaPO, Sigmoid
-from diffalign.recipes import TrainConfig, load_config
-from diffalign.spec import differences, dump, load, load_yaml, parse_override, validate, with_overrides
+from diffalign.recipes import TrainConfig
+from diffalign.spec import differences, dump, load, load_config, load_yaml, parse_override, validate, with_overrides
 
 MINIMAL = {"objective": {"type": "sigmoid", "beta": 10}, "output_dir": "runs/x"}
 

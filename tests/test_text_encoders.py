@@ -18,7 +18,7 @@ from diffalign.models import LoRA
 from diffalign.models.lora import KOHYA_FILE
 from diffalign.recipes import export_run
 from diffalign.timesteps import Uniform
-from diffalign.train.feeds import pair_terms
+from diffalign.train.terms import terms_of
 
 TEXTS = LoRA(rank=2, alpha=4, text_encoders=True)
 with_texts = pytest.mark.parametrize("name", ["sd", "sdxl"])
@@ -27,9 +27,9 @@ with_texts = pytest.mark.parametrize("name", ["sd", "sdxl"])
 def terms(model: Any) -> Any:
     batch = blank_batch(model, 2, model.resolution, tuple(PROMPTS))
     g = torch.Generator().manual_seed(0)
-    winner, loser, eps = (torch.randn(batch.eps.shape, generator=g) for _ in range(3))
-    batch = replace(batch, winner=winner, loser=loser, eps=eps)
-    return pair_terms(model, batch, Uniform(), frozenset({"loser", "reference"}))
+    winner, loser, eps = (torch.randn(batch.x0[:, 0].shape, generator=g) for _ in range(3))
+    batch = replace(batch, x0=torch.stack([winner, loser], 1), eps=torch.stack([eps, eps], 1)[:, :, None])
+    return terms_of(model, batch, Uniform(), frozenset({"loser", "reference"}))
 
 
 @with_texts

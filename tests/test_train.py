@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffalign.data.examples import of_pair
 from diffalign.data.pairs import read_pairs
 from diffalign.errors import ConfigError, DataError, DiffalignError, ModelError
 from diffalign.models import LoRA, ModelSpec
@@ -17,7 +18,7 @@ from diffalign.objectives import MaPO, Objective, Sigmoid, Total, pair_metrics
 from diffalign.recipes import Run, TrainConfig, build_model, make_accelerator, train
 from diffalign.spec import load_yaml, validate, with_overrides
 from diffalign.timesteps import LogitNormal, Uniform
-from diffalign.train.feeds import OfflinePairs
+from diffalign.train.feeds import Offline
 from diffalign.train.state import TrainSettings, TrainState, learning_rate_factor
 from diffalign.train.tracking import read_metrics
 
@@ -29,9 +30,9 @@ def run(overrides: list[str], *more: str) -> Run:
     return train(validate(TrainConfig, with_overrides(BASE, [*overrides, *more])))
 
 
-def feed(model: object, csv: Path, cache: Path, **kwargs: object) -> OfflinePairs:
+def feed(model: object, csv: Path, cache: Path, **kwargs: object) -> Offline:
     settings = {"size": (32, 32), "batch_size": 4, "seed": 3} | kwargs
-    return OfflinePairs(model, read_pairs(csv), Uniform(), cache, **settings)  # type: ignore[arg-type]
+    return Offline(model, [of_pair(p) for p in read_pairs(csv)], Uniform(), cache, **settings)  # type: ignore[arg-type]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -71,7 +72,7 @@ def test_both_members_see_the_same_noise_time_and_caption(tiny: Path, pairs_csv:
     x, t, cond = seen[0]
     c = model.coeffs(t)
     a, s = c.over(x)
-    eps = (x - a * torch.cat([batch.winner, batch.loser])) / s
+    eps = (x - a * torch.cat([batch.x0[:, 0], batch.x0[:, 1]])) / s
     torch.testing.assert_close(eps[:4], eps[4:], rtol=1e-3, atol=1e-3)
     assert torch.equal(t[:4], t[4:])
     assert torch.equal(cond[:4], cond[4:])
@@ -85,7 +86,7 @@ def test_micro_batches_and_processes_tile_the_same_stream(tiny: Path, pairs_csv:
         whole = list(feed(model, pairs_csv, tmp_path, batch_size=8).batches(step))
         parts = list(feed(model, pairs_csv, tmp_path, batch_size=2, accumulation=4).batches(step))
         ranks = [list(feed(model, pairs_csv, tmp_path, batch_size=4, rank=r, world=2).batches(step)) for r in (0, 1)]
-        for what in ("eps", "u", "winner", "loser"):
+        for what in ("eps", "u", "x0"):
             assert torch.equal(cat(whole, what), cat(parts, what))
             assert torch.equal(cat(whole, what), cat(ranks[0] + ranks[1], what))
 
@@ -93,9 +94,9 @@ def test_micro_batches_and_processes_tile_the_same_stream(tiny: Path, pairs_csv:
 def test_an_epoch_sees_every_pair_once_and_the_next_draws_new_noise(tiny: Path, pairs_csv: Path, tmp_path: Path) -> None:
     model = build_model(ModelSpec(path=str(tiny), lora=LoRA(rank=4)))
     source = feed(model, pairs_csv, tmp_path, batch_size=8)
-    first = torch.cat([b.winner for s in range(5) for b in source.batches(s)])
+    first = torch.cat([b.x0[:, 0] for s in range(5) for b in source.batches(s)])
     assert len(torch.unique(first.flatten(1), dim=0)) == 40
-    at = lambda step: {tuple(w.flatten()[:3].tolist()): e for b in source.batches(step) for w, e in zip(b.winner, b.eps)}  # noqa: E731, B905
+    at = lambda step: {tuple(w.flatten()[:3].tolist()): e for b in source.batches(step) for w, e in zip(b.x0[:, 0], b.eps)}  # noqa: E731, B905
     one, two = {}, {}
     for s in range(5):
         one |= at(s)

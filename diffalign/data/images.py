@@ -63,7 +63,13 @@ def _reading(source: bytes | str | Path, where: str) -> Iterator[Image.Image]:
             source = Path(source).read_bytes()
         yield Image.open(io.BytesIO(source))
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as e:
-        reason = "no such file" if isinstance(e, FileNotFoundError) else f"{type(e).__name__}: {e}"
+        reason = f"{type(e).__name__}: {e}"
+        if isinstance(e, FileNotFoundError):
+            reason = "no such file"
+        elif isinstance(
+            e, UnidentifiedImageError
+        ):  # whose words name an address in memory: the same failure must read the same
+            reason = "cannot identify its format"
         raise DataError(f"{where}: cannot read the image: {reason[:200]}", hint="remove the row or mend the file") from e
 
 

@@ -3,38 +3,79 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol, TypeVar
 
 from PIL import Image
 
 from diffalign.data import images
+from diffalign.data.album import Album
+from diffalign.data.prompts import normalised
 from diffalign.data.sources import undecoded
 from diffalign.data.tables import read_table
 from diffalign.errors import DataError
+
+
+class Prompted(Protocol):
+    """Anything that belongs to a prompt."""
+
+    @property
+    def prompt(self) -> str: ...
+
+
+P = TypeVar("P", bound=Prompted)
+PAIR_COLUMNS = ("pair_id", "prompt", "chosen_id", "rejected_id", "p_win")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A picture in the images table of a dataset folder, read when it is needed."""
+
+    album: Album = field(repr=False)
+    name: str
 
 
 @dataclass(frozen=True)
 class Picture:
     """An encoded image and where it came from."""
 
-    source: bytes | Path
+    source: bytes | Path | Stored
     where: str
+    made: tuple[int, str, int] | None = None
+    """(seed, prompt id, k) of an image that diffalign made: its first noise follows from them."""
+
+    @property
+    def data(self) -> bytes:
+        """The encoded picture."""
+        match self.source:
+            case bytes() as data:
+                return data
+            case Path() as path:
+                return path.read_bytes()
+            case Stored(album, name):
+                return album.read(name)
 
     @property
     def key(self) -> str:
         """Content hash, the key of everything cached about it."""
-        return images.sha256(self.source if isinstance(self.source, bytes) else self.source.read_bytes())
+        return images.sha256(self.data)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(height, width) in pixels, from the header."""
-        return images.dimensions(self.source, self.where)
+        return images.dimensions(self._source, self.where)
 
     def load(self) -> Image.Image:
-        return images.decode(self.source, self.where)
+        return images.decode(self._source, self.where)
+
+    @property
+    def _source(self) -> bytes | Path:
+        return self.source if isinstance(self.source, Path) else self.data
 
 
 @dataclass(frozen=True)
@@ -45,6 +86,11 @@ class Pair:
     chosen: Picture
     rejected: Picture
     p_win: float = 1.0
+    scores: tuple[float, float] | None = None
+    """External rewards of winner and loser, where the data has them; only differences count for most losses."""
+    rejected_prompt: str | None = None
+    """The loser's own caption, where it has one."""
+    weight: float = 1.0
 
 
 def read_pairs(source: str | Path, limit: int | None = None) -> list[Pair]:
@@ -57,7 +103,7 @@ def read_pairs(source: str | Path, limit: int | None = None) -> list[Pair]:
     if (path / "pairs").is_dir():
         pairs = _own(path)
     elif path.exists() or path.suffix in (".parquet", ".csv", ".jsonl"):
-        pairs = _table(_file(path), path.parent if path.is_file() else path, str(path))
+        pairs = _table(table_rows(path), path.parent if path.is_file() else path, str(path))
     else:
         pairs = _table(_hub(str(source)), None, str(source))
     out = []
@@ -82,7 +128,7 @@ def pairs_of(rows: Iterable[Mapping[str, Any]], where: str = "train_dataset") ->
     return pairs
 
 
-def split_by_prompt(pairs: Sequence[Pair], share: float, salt: str = "heldout") -> tuple[list[Pair], list[Pair]]:
+def split_by_prompt(pairs: Sequence[P], share: float, salt: str = "heldout") -> tuple[list[P], list[P]]:
     """(training, held out): every prompt falls whole on one side, by its hash."""
 
     def held(prompt: str) -> bool:
@@ -92,23 +138,45 @@ def split_by_prompt(pairs: Sequence[Pair], share: float, salt: str = "heldout") 
     return [p for p in pairs if not held(p.prompt)], [p for p in pairs if held(p.prompt)]
 
 
-def shuffled_labels(pairs: Sequence[Pair], seed: int) -> list[Pair]:
-    """A control: every pair keeps its images and loses its label, winner and loser exchanged by a fair coin."""
+def apart(pairs: Sequence[P], evaluated: Iterable[str], action: Literal["refuse", "drop", "keep"]) -> list[P]:
+    """Training pairs without those of the prompts that are evaluated on.
+
+    Raises:
+        DataError: there are some, and they are refused; or nothing is left.
+    """
+    barred = {normalised(p) for p in evaluated}
+    kept = [p for p in pairs if action == "keep" or normalised(p.prompt) not in barred]
+    if len(kept) < len(pairs) and (action == "refuse" or not kept):
+        raise DataError(
+            f"{len(pairs) - len(kept)} of {len(pairs)} training pairs have a prompt that is evaluated on",
+            hint="data.evaluation_prompts=drop leaves them out, =keep trains on them",
+        )
+    return kept
+
+
+def shuffled_labels(pairs: Sequence[Pair], seed: int, share: float = 0.5) -> list[Pair]:
+    """Every pair keeps its images, and winner and loser of about ``share`` of them are exchanged: by a fair coin it is the
+    control that has lost its labels, below that it is label noise.
+    """
 
     def flip(pair: Pair) -> bool:
-        return bool(hashlib.sha256(f"{seed}|{pair.chosen.key}|{pair.rejected.key}".encode()).digest()[0] & 1)
+        digest = hashlib.sha256(f"{seed}|{pair.chosen.key}|{pair.rejected.key}".encode()).digest()
+        if share == 0.5:
+            return bool(digest[0] & 1)
+        return int.from_bytes(digest[8:16], "big") / 2**64 < share
 
-    return [Pair(p.prompt, p.rejected, p.chosen, p.p_win) if flip(p) else p for p in pairs]
+    return [flipped(p) if flip(p) else p for p in pairs]
+
+
+def flipped(pair: Pair) -> Pair:
+    """The opposite label; captions stay with their pictures, scores go with the label."""
+    prompt, other = (pair.prompt, None) if pair.rejected_prompt is None else (pair.rejected_prompt, pair.prompt)
+    return replace(pair, prompt=prompt, rejected_prompt=other, chosen=pair.rejected, rejected=pair.chosen)
 
 
 def _own(folder: Path) -> Iterator[Pair]:
-    table = read_table(folder, "images", ["image_id", "image"])
-    pictures = {
-        i: Picture(im["bytes"] if im["bytes"] is not None else _inside(folder, im["path"]), f"{folder}/images, image {i}")
-        for i, im in zip(table["image_id"].to_pylist(), table["image"].to_pylist(), strict=True)
-    }
-    rows = read_table(folder, "pairs", ["pair_id", "prompt", "chosen_id", "rejected_id", "p_win"]).to_pylist()
-    for row in rows:
+    pictures = own_pictures(folder)
+    for row in rows_of(folder, "pairs", PAIR_COLUMNS, ("margins", "rejected_prompt", "weight")):
         where = f"{folder}/pairs, pair {row['pair_id']}"
         for side in ("chosen_id", "rejected_id"):
             if row[side] is None:
@@ -117,7 +185,45 @@ def _own(folder: Path) -> Iterator[Pair]:
                 raise DataError(f"{where}: {side} {row[side]!r} is not in images/")
         p_win = _p_win(row["p_win"], where)
         if p_win > 0.5:  # a tie says nothing about order
-            yield Pair(row["prompt"], pictures[row["chosen_id"]], pictures[row["rejected_id"]], p_win)
+            weight = row.get("weight")
+            yield Pair(
+                row["prompt"], pictures[row["chosen_id"]], pictures[row["rejected_id"]], p_win,
+                scores=_margin(row.get("margins"), where),
+                rejected_prompt=row.get("rejected_prompt") or None,
+                weight=1.0 if weight is None else float(weight),
+            )  # fmt: skip
+
+
+def rows_of(folder: Path, table: str, needed: Sequence[str], wanted: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of a dataset folder's table, with the ``wanted`` columns that there are."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    first = min((folder / table).glob("*.parquet"), default=None)
+    there: list[str] = []
+    with suppress(pa.ArrowException, OSError):  # read_table says what is wrong
+        there = pq.read_schema(first).names if first is not None else []
+    rows: list[dict[str, Any]] = read_table(folder, table, [*needed, *(c for c in wanted if c in there)]).to_pylist()
+    return rows
+
+
+def own_pictures(folder: Path) -> dict[str, Picture]:
+    """The images of a dataset folder by their id, read when they are needed."""
+    album, made = Album(folder), {}
+    for row in rows_of(folder, "images", ["image_id"], ("seed", "prompt_id", "k")):
+        made[row["image_id"]] = (row.get("seed"), row.get("prompt_id"), row.get("k"))
+    found: dict[str, Any] = {name: None if None in origin else origin for name, origin in made.items()}
+    return {name: Picture(Stored(album, name), f"{folder}/images, image {name}", found[name]) for name in album}
+
+
+def _margin(value: str | None, where: str) -> tuple[float, float] | None:
+    """What the pair's rule compared, as (margin, 0): the reward's margin, or the only one that there is."""
+    try:
+        margins = json.loads(value) if value else {}
+        found = margins.get("reward", next(iter(margins.values()), None) if len(margins) == 1 else None)
+        return None if found is None else (float(found), 0.0)
+    except (ValueError, TypeError, AttributeError) as e:
+        raise DataError(f"{where}: margins must be a JSON object of numbers, got {value!r}") from e
 
 
 def _p_win(value: Any, where: str) -> float:
@@ -149,13 +255,24 @@ def _table(rows: Iterator[Mapping[str, Any]], folder: Path | None, where: str) -
                 raise DataError(f"{at}: {column} is empty", hint="every pair names a prompt, a winner and a loser")
         yield Pair(
             str(row["prompt"]),
-            Picture(_source(row["chosen"], folder, at), f"{at}, chosen"),
-            Picture(_source(row["rejected"], folder, at), f"{at}, rejected"),
+            Picture(picture_source(row["chosen"], folder, at), f"{at}, chosen"),
+            Picture(picture_source(row["rejected"], folder, at), f"{at}, rejected"),
             _p_win(row.get("p_win"), at),
+            _scores(row, at),
+            row.get("rejected_prompt") or None,
         )
 
 
-def _source(value: Any, folder: Path | None, where: str) -> bytes | Path:
+def _scores(row: Mapping[str, Any], where: str) -> tuple[float, float] | None:
+    found = (row.get("chosen_score"), row.get("rejected_score"))
+    if found == (None, None):
+        return None
+    if not all(isinstance(x, int | float) and math.isfinite(x) for x in found):
+        raise DataError(f"{where}: chosen_score and rejected_score must both be numbers, got {found}")
+    return float(found[0]), float(found[1])  # type: ignore[arg-type]
+
+
+def picture_source(value: Any, folder: Path | None, where: str) -> bytes | Path:
     match value:
         case bytes():
             return value
@@ -170,7 +287,7 @@ def _source(value: Any, folder: Path | None, where: str) -> bytes | Path:
     raise DataError(f"{where}: an image must be bytes, a path or {{bytes, path}}, got {type(value).__name__}")
 
 
-def _file(path: Path) -> Iterator[dict[str, Any]]:
+def table_rows(path: Path) -> Iterator[dict[str, Any]]:
     from datasets import load_dataset
 
     kinds = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json"}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,11 @@ class Prompt:
     def id(self) -> str:
         """Content hash: the same prompt has the same id, and so the same seeds, wherever it stands."""
         return hashlib.sha256(json.dumps([self.text, self.negative]).encode()).hexdigest()[:16]
+
+
+def normalised(text: str) -> str:
+    """A prompt without case, punctuation and spaces, for telling that two are the same."""
+    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
 
 
 def read_prompts(source: str | Path, limit: int | None = None) -> list[Prompt]:

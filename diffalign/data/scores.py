@@ -107,6 +107,8 @@ class Scored:
     error: str | None = None
     values: dict[str, float | None] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
+    truncated: set[str] = field(default_factory=set)
+    """The scorers that did not read the end of the prompt."""
 
 
 IMAGE_COLUMNS = ("image_id", "sha256", "prompt", "k", "image")
@@ -120,13 +122,13 @@ def read_scored(folder: Path) -> list[Scored]:
     Raises:
         DataError: no images or scores, or a damaged part.
     """
-    latest: dict[tuple[str | None, str | None], dict[tuple[str, str], tuple[float | None, str | None]]] = {}
+    latest: dict[tuple[str | None, str | None], dict[tuple[str, str], tuple[float | None, str | None, bool | None]]] = {}
     versions: dict[str, dict[str, None]] = {}
     for row in _rows(folder, "scores", [*KEY, "value", "error"]):
         version = f"{row['version']},{row['preprocess_version']}"
         versions.setdefault(row["scorer"], {})[version] = None
         cells = latest.setdefault((row["image_sha256"], row["prompt_sha256"]), {})
-        cells[row["scorer"], version] = row["value"], row["error"]
+        cells[row["scorer"], version] = row["value"], row["error"], row.get("truncated")
     out: dict[str, Scored] = {}
     for row in _rows(folder, "images", IMAGE_COLUMNS):
         image = row["image"] or {}
@@ -134,11 +136,13 @@ def read_scored(folder: Path) -> list[Scored]:
             row["image_id"], row["sha256"], row["prompt"], row.get("category"), row["k"], image.get("path"),
             row.get("phash"), row.get("error"),
         )  # fmt: skip
-        for (name, version), (value, error) in latest.get((scored.sha256, prompt_key(scored.prompt)), {}).items():
+        for (name, version), (value, error, cut) in latest.get((scored.sha256, prompt_key(scored.prompt)), {}).items():
             label = name if len(versions[name]) == 1 else f"{name}@{version}"
             scored.values[label] = value
             if error is not None:
                 scored.errors[label] = error
+            if cut:
+                scored.truncated.add(label)
         out[scored.image_id] = scored
     return list(out.values())
 

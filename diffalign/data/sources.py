@@ -253,6 +253,22 @@ def _bytes(image: Any, root: _Root | None) -> bytes:
     )
 
 
+def picture_bytes(image: Any, folder: str, root: str | None = None) -> bytes:
+    """The encoded picture of an image column: bytes, or a path in ``folder`` or under ``root``.
+
+    Raises:
+        DataError: there is none, or its path leads out of both.
+    """
+    from fsspec.core import url_to_fs
+
+    try:
+        return _bytes(image, _Root(*url_to_fs(folder)))
+    except DataError:
+        if root is None:
+            raise
+    return _bytes(image, _Root.of(root))
+
+
 def _uri(image: Any, root: _Root | None) -> str | None:
     match image:
         case (str() as name) | {"bytes": None, "path": str() as name} if name and root is not None:

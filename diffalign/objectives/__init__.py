@@ -6,20 +6,60 @@ the class, named in a config as ``type: pkg.mod:Class`` and checked by :mod:`dif
 
 from __future__ import annotations
 
-from diffalign.objectives.base import LossOutput, Need, Objective, PairTerms, Total
-from diffalign.objectives.metrics import pair_metrics
-from diffalign.objectives.pairwise import MaPO, Sigmoid
-from diffalign.objectives.supervised import SFT
+from diffalign.objectives.base import Data, GroupTerms, LabelTerms, LossOutput, Need, Objective, PairTerms, Terms, Total
+from diffalign.objectives.listwise import NCA, PRO, InfoNCA, PlackettLuce, RankDPO
+from diffalign.objectives.metrics import group_metrics, label_metrics, metrics_of, pair_metrics
+from diffalign.objectives.pairwise import (
+    AOT,
+    CDPO,
+    DMPO,
+    DPOP,
+    DSPO,
+    FDPO,
+    IPO,
+    APODown,
+    APOZero,
+    BCOPair,
+    DROHinge,
+    ExoPair,
+    Hinge,
+    Linear,
+    LoserScale,
+    NCAPair,
+    Robust,
+    Sigmoid,
+    SPPOHard,
+)
+from diffalign.objectives.reference_free import CPO, ORPO, MaPO, RePO, SimPO
+from diffalign.objectives.scored import MADPO, ODPO, RDP, MaPPO, Omni, SmPO, Soft
+from diffalign.objectives.supervised import KL, SFT
+from diffalign.objectives.unpaired import BCO, DDO, KTO, NPO, PMPO
 from diffalign.spec import Choice
+
+CLASSES: tuple[type[Objective], ...] = (
+    # pairs, by the difference of rewards
+    Sigmoid, CDPO, Robust, IPO, Hinge, ExoPair, DMPO, FDPO, AOT, Linear, DROHinge,
+    # pairs, by what is asked of each side
+    NCAPair, BCOPair, APOZero, APODown, SPPOHard, DPOP, LoserScale, DSPO,
+    # pairs with scores or soft labels
+    Soft, SmPO, ODPO, RDP, MaPPO, Omni, MADPO,
+    # pairs without a reference
+    MaPO, SimPO, CPO, ORPO, RePO,
+    # single images, good or bad
+    KTO, BCO, NPO, DDO, PMPO,
+    # K images of one prompt
+    RankDPO, InfoNCA, NCA, PlackettLuce, PRO,
+    # to imitate
+    SFT, KL,
+)  # fmt: skip
 
 OBJECTIVES = Choice(
     Objective,
-    {
-        "sigmoid": Sigmoid,
-        "mapo": MaPO,
-        "sft": SFT,
-    },
-    aliases={"dpo": "sigmoid"},
+    {cls.model_fields["type"].default: cls for cls in CLASSES},
+    aliases={"dpo": "sigmoid", "spin": "sigmoid", "rebel": "rdp"},
 )
 
-__all__ = ["OBJECTIVES", "SFT", "LossOutput", "MaPO", "Need", "Objective", "PairTerms", "Sigmoid", "Total", "pair_metrics"]
+__all__ = [
+    "CLASSES", "OBJECTIVES", "SFT", "Data", "GroupTerms", "LabelTerms", "LossOutput", "MaPO", "Need", "Objective",
+    "PairTerms", "Sigmoid", "Terms", "Total", "group_metrics", "label_metrics", "metrics_of", "pair_metrics",
+]  # fmt: skip

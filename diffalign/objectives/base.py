@@ -4,41 +4,66 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from diffalign.spec import Spec
 
-Need = Literal["loser", "reference"]
+Data = Literal["pairs", "labels", "groups"]
+Need = Literal["loser", "reference", "p_win", "scores", "distance", "overlap"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What all kinds of terms hold. Errors are means over dimensions in fp32; the reference sees the same (t, eps)."""
+
+    t: Tensor | None = None
+    """(B,) times as fractions of the schedule, 0 clean and 1 noise."""
+    weight: Tensor | None = None
+    """(B,) weights, mean about 1; the loop multiplies the loss by them."""
+    distance: Tensor | None = None
+    """(B,) mean square of f - f_ref on the winner, or on the image: twice the KL to the reference at t. With gradient."""
+    images: int = 0
+    """Images that were trained on."""
+    cost: int = 0
+    """Denoiser passes of one image: one per forward, two per backward, of every network."""
 
 
 @dataclass(frozen=True)
-class PairTerms:
-    """Denoise errors of B pairs, each (B,) in fp32; winner and loser share (t, eps), and so does the reference.
-
-    ``loser``, ``ref_winner`` and ``ref_loser`` are None where the objective did not ask for them.
-    """
+class PairTerms(Terms):
+    """Denoise errors of B pairs, each (B,). What the objective did not ask for is None."""
 
     winner: Tensor
     loser: Tensor | None = None
     ref_winner: Tensor | None = None
     ref_loser: Tensor | None = None
-    t: Tensor | None = None
-    """Times as fractions of the schedule, 0 clean and 1 noise."""
-    weight: Tensor | None = None
-    """A weight per pair, mean about 1; the loop multiplies the loss by it."""
+    p_win: Tensor | None = None
+    """(B,) how likely a rater prefers the winner, 0.5 to 1."""
+    score_winner: Tensor | None = None
+    score_loser: Tensor | None = None
+    """(B,) external rewards."""
+    overlap: Tensor | None = None
+    """(B,) mean product of winner's and loser's residuals, detached."""
 
-    @property
-    def images(self) -> int:
-        """Images that were trained on."""
-        return len(self.winner) * (1 if self.loser is None else 2)
 
-    @property
-    def cost(self) -> int:
-        """Denoiser passes: one per forward, two per backward, of policy and reference."""
-        return self.images * (3 if self.ref_winner is None else 4)
+@dataclass(frozen=True)
+class LabelTerms(Terms):
+    """Denoise errors of B single images, (B,) each, and which of them are good, (B,) bool."""
+
+    error: Tensor
+    good: Tensor
+    ref: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class GroupTerms(Terms):
+    """Denoise errors and external rewards of K images for each of B prompts, (B, K) each."""
+
+    error: Tensor
+    scores: Tensor
+    ref: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -53,16 +78,36 @@ class LossOutput:
 class Objective(Spec):
     """A loss over preference terms. The configuration is the object: frozen fields and a pure call."""
 
+    data: ClassVar[Data] = "pairs"
+    """What is trained on: pairs (:class:`PairTerms`), labels (:class:`LabelTerms`) or groups (:class:`GroupTerms`)."""
     needs: ClassVar[frozenset[Need]] = frozenset()
     paper: ClassVar[str] = ""
     """Where the formula comes from."""
+    checked: ClassVar[str] = ""
+    """What the tests compare it with."""
+    by_row: ClassVar[bool] = True
+    """Whether each row's loss depends on that row alone."""
 
     weight: float = Field(default=1.0, gt=0)
     """Factor of this loss where several are summed."""
 
     @abstractmethod
-    def __call__(self, terms: PairTerms, state: dict[str, Tensor]) -> LossOutput:
+    def __call__(self, terms: Any, state: dict[str, Tensor]) -> LossOutput:
         """Losses of the rows; what must survive the call goes in and out as ``state`` and is checkpointed by the loop."""
+
+
+class Rewarded(Objective):
+    """A loss in reward units: r = kappa beta (e_ref - e_policy), without further powers of beta."""
+
+    beta: float = Field(default=5000.0, gt=0)
+    """Strength of the pull to the reference; not comparable across resolutions, latent sizes or prediction types."""
+    kappa: float = Field(default=0.5, gt=0)
+    """1/2 in the authors' code and in diffusers' SDXL script, 1 in diffusers' SD script."""
+
+    @property
+    def scale(self) -> float:
+        """Reward per unit of error."""
+        return self.kappa * self.beta
 
 
 def require(value: Tensor | None, name: str) -> Tensor:
@@ -74,15 +119,36 @@ def require(value: Tensor | None, name: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Total:
-    """Several objectives as one: the sum of their losses times their weights."""
+    """Several objectives as one: the sum of their losses times their weights.
+
+    ``protect`` is the mu of :func:`diffalign.objectives.safeguards.protected`, which is done before.
+
+    Raises:
+        ValueError: they are about different kinds of data.
+    """
 
     parts: tuple[Objective, ...]
+    protect: float | None = None
+
+    def __post_init__(self) -> None:
+        if len({p.data for p in self.parts}) > 1:
+            said = ", ".join(f"{getattr(p, 'type', type(p).__name__)} is about {p.data}" for p in self.parts)
+            raise ValueError(f"objectives of different data cannot be summed: {said}; keep those of one kind")
+
+    @property
+    def data(self) -> Data:
+        return self.parts[0].data
 
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset().union(*(p.needs for p in self.parts))
+        more: frozenset[Need] = frozenset() if self.protect is None else frozenset({"loser", "overlap"})
+        return more.union(*(p.needs for p in self.parts))
 
-    def __call__(self, terms: PairTerms, state: dict[str, Tensor]) -> LossOutput:
+    def __call__(self, terms: Terms, state: dict[str, Tensor]) -> LossOutput:
+        if self.protect is not None and isinstance(terms, PairTerms):
+            from diffalign.objectives.safeguards import protected
+
+            terms = protected(terms, self.protect)
         outs = []
         for i, part in enumerate(self.parts):
             own = {k.removeprefix(f"{i}/"): v for k, v in state.items() if k.startswith(f"{i}/")}

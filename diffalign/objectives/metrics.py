@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from diffalign.objectives.base import PairTerms
+from diffalign.objectives.base import GroupTerms, LabelTerms, PairTerms, Terms
 
 QUARTILES = ("q1", "q2", "q3", "q4")
 
@@ -35,3 +36,40 @@ def pair_metrics(terms: PairTerms) -> dict[str, Tensor]:
                 for key in ("margin", "accuracy"):
                     out[f"{key}/{name}"] = out[key].masked_fill(quarter != i, float("nan"))
     return {k: v.detach() for k, v in out.items()}
+
+
+def label_metrics(terms: LabelTerms) -> dict[str, Tensor]:
+    """Errors and drifts of good and bad images, NaN on the others, and accuracy: good ones must drift down."""
+    good, bad = terms.good, ~terms.good
+    nan = float("nan")
+    out = {"error/good": terms.error.masked_fill(bad, nan), "error/bad": terms.error.masked_fill(good, nan)}
+    if terms.ref is not None:
+        drift = terms.error - terms.ref
+        out |= {"drift/winner": drift.masked_fill(bad, nan), "drift/loser": drift.masked_fill(good, nan)}
+        out["accuracy"] = ((drift < 0) == good).float().masked_fill(drift == 0, 0.5)
+    return {k: v.detach() for k, v in out.items()}
+
+
+def group_metrics(terms: GroupTerms) -> dict[str, Tensor]:
+    """Drift of the best and the worst of each group, their margin, and the share of its pairs in the order of the scores."""
+    best, worst = terms.scores.argmax(-1, keepdim=True), terms.scores.argmin(-1, keepdim=True)
+    value = terms.error if terms.ref is None else terms.error - terms.ref
+    kind = "error" if terms.ref is None else "drift"
+    out = {f"{kind}/winner": value.gather(-1, best)[..., 0], f"{kind}/loser": value.gather(-1, worst)[..., 0]}
+    out["margin"] = out[f"{kind}/loser"] - out[f"{kind}/winner"]
+    above = terms.scores[..., :, None] > terms.scores[..., None, :]
+    ahead = torch.sign(value[..., None, :] - value[..., :, None])
+    out["accuracy"] = (0.5 * (1 + ahead) * above).sum((-1, -2)) / above.sum((-1, -2)).clamp(min=1)
+    return {k: v.detach() for k, v in out.items()}
+
+
+def metrics_of(terms: Terms) -> dict[str, Tensor]:
+    """What is logged of any terms."""
+    match terms:
+        case PairTerms():
+            return pair_metrics(terms)
+        case LabelTerms():
+            return label_metrics(terms)
+        case GroupTerms():
+            return group_metrics(terms)
+    raise TypeError(type(terms).__name__)

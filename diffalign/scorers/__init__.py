@@ -7,7 +7,18 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from diffalign.errors import ConfigError
-from diffalign.scorers.base import Callback, Card, Reward, ScoreBatch, ScoreInput, Scorer, Weight, import_object, import_scorer
+from diffalign.scorers.base import (
+    Callback,
+    Card,
+    Reward,
+    ScoreBatch,
+    ScoreInput,
+    Scorer,
+    Weight,
+    import_object,
+    import_scorer,
+    isolated,
+)
 
 # name -> module:class
 SCORERS = {
@@ -70,6 +81,7 @@ __all__ = [
     "card_of",
     "import_object",
     "import_scorer",
+    "isolated",
     "scorer_class",
     "table",
 ]

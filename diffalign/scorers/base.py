@@ -31,6 +31,11 @@ class ScoreInput:
     def __len__(self) -> int:
         return len(self.images)
 
+    def part(self, s: slice) -> ScoreInput:
+        """Some of the images with all that belongs to them."""
+        rest = (None if x is None else x[s] for x in (self.references, self.metadata, self.features))
+        return ScoreInput(self.images[s], self.prompts[s], *rest)  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True)
 class ScoreBatch:
@@ -52,6 +57,31 @@ class Scorer(Protocol):
     name: str
 
     def __call__(self, batch: ScoreInput) -> ScoreBatch: ...
+
+
+def isolated(scorer: Scorer, batch: ScoreInput) -> ScoreBatch:
+    """Score; where that fails, halve the batch until the failing pictures are alone with their reason.
+
+    Half a batch is also what a device needs that ran out of memory.
+    """
+    try:
+        found = scorer(batch)
+        values = {k: v.detach().float().cpu() for k, v in found.values.items()}
+        errors, truncated = found.errors or [None] * len(batch), found.truncated or [False] * len(batch)
+        return ScoreBatch(values, errors, found.partial, truncated)
+    except Exception as e:  # scorers raise what they like
+        if len(batch) == 1:
+            reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+            return ScoreBatch({scorer.name: torch.tensor([torch.nan])}, [reason], truncated=[False])
+    middle = len(batch) // 2
+    a, b = (isolated(scorer, batch.part(s)) for s in (slice(middle), slice(middle, None)))
+    values = {
+        name: torch.cat([half.values.get(name, torch.full((len(half.errors),), torch.nan)) for half in (a, b)])
+        for name in {**a.values, **b.values}
+    }
+    # a failing picture has a value under the scorer's own name alone: the others lack that one without being wrong
+    partial = a.partial | b.partial | (a.values.keys() ^ b.values.keys())
+    return ScoreBatch(values, a.errors + b.errors, partial, a.truncated + b.truncated)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """A scorer in another process or on another machine: JSON and PNG over HTTP, no pickle, nothing lossy.
 
 ``GET /NAME`` says what the scorer is; ``POST /NAME`` takes ``{"images": [base64 PNG], "prompts": [...]}`` and gives
-``{"values": {name: [number or null]}, "errors": [text or null], "partial": [name]}``. ``diffalign serve`` is such a server.
+``{"values": {name: [number or null]}, "errors": [text or null], "partial": [name], "truncated": [bool]}``; the last two
+may be left out. ``diffalign serve`` is such a server.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ class HTTPScorer:
     def __call__(self, batch: ScoreInput) -> ScoreBatch:
         values: dict[str, torch.Tensor] = {}
         errors: list[str | None] = []
+        truncated: list[bool] = []
         partial: set[str] = set()
         for start in range(0, len(batch), self.max_batch):
             part = slice(start, start + self.max_batch)
@@ -108,7 +110,9 @@ class HTTPScorer:
                     whole[part] = torch.tensor([torch.nan if v is None else float(v) for v in found])
                 partial |= set(said.get("partial", ()))
             errors += [error] * count if error is not None else said["errors"]
-        return ScoreBatch(values or {self.name: torch.full((len(batch),), torch.nan)}, errors, frozenset(partial))
+            truncated += said.get("truncated", [False] * count) if error is None else [False] * count
+        values = values or {self.name: torch.full((len(batch),), torch.nan)}
+        return ScoreBatch(values, errors, frozenset(partial), truncated)
 
     def _ask(self, method: str, body: Mapping[str, Any] | None) -> tuple[Any, str | None]:
         return self.address.ask(method, body, os.environ.get(TOKEN, ""))
@@ -118,12 +122,15 @@ def malformed(said: Any, count: int) -> str | None:
     """What is wrong with the answer for ``count`` pictures, or None."""
     try:
         columns: Sequence[Any] = [*said["values"].values(), said["errors"]]
+        truncated = said.get("truncated", [False] * count)
     except (KeyError, TypeError, AttributeError):
         return f"not the answer of a scorer: {str(said)[:100]}"
     if not said["values"] or any(not isinstance(c, list) or len(c) != count for c in columns):
         return f"not {count} values and errors: {str(said)[:100]}"
     if any(not isinstance(v, int | float | None) for c in columns[:-1] for v in c):
         return "its values are not numbers"
+    if not isinstance(truncated, list) or [type(v) for v in truncated] != [bool] * count:
+        return f"its truncated are not {count} truth values"
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from diffalign.errors import DataError, ModelError
 
+THREADS = 4
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -46,7 +48,12 @@ class Preprocess:
 
     def exact(self, images: Sequence[Image.Image]) -> Tensor:
         """(B, 3, S, S) of pictures of any sizes."""
-        return torch.stack([self.one(image) for image in images])
+        if not self.eight_bit or self.geometry == "area":
+            return torch.stack([self.one(image) for image in images])
+        for image in images:
+            image.load()  # here: two threads could meet in one file
+        with ThreadPoolExecutor(THREADS) as pool:  # resizing leaves Python's lock; floats are made of the whole batch at once
+            return self._normalise(torch.stack(list(pool.map(self._cut, images))).float() / 255)
 
     def smooth(self, x: Tensor) -> Tensor:
         """(B, 3, S, S) of pixels (B, 3, H, W) in [0, 1], with gradients."""
@@ -84,11 +91,15 @@ class Preprocess:
         """(3, S, S) of a picture; (3, H, W) where the geometry is ``area``."""
         if not self.eight_bit:
             return self.smooth(as_tensor(image)[None].float() / 255)[0]
+        return self._normalise(self._cut(image).float() / 255)
+
+    def _cut(self, image: Image.Image) -> Tensor:
+        """(3, S, S) uint8, before the floats: 1x1000 grows large on its way."""
         image = ImageOps.exif_transpose(image).convert("RGB")
         height, width = self.resized(image.height, image.width)
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling[self.filter.upper()])
-        return self._normalise(self._fit(as_tensor(image)).float() / 255)  # cut before the floats: 1x1000 grows large
+        return self._fit(torch.from_numpy(np.array(image)).permute(2, 0, 1))
 
     def _fit(self, x: Tensor) -> Tensor:
         """Cut or pad with black to (..., S, S) about the centre."""

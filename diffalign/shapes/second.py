@@ -1,8 +1,9 @@
 """A second judge, built differently, to guard the first.
 
-The first subtracts the background, finds blobs and redraws them. This one is a small convolutional network that was trained
-on renders with noise, blur, dents and objects of no shape (``scripts/build_assets.py second``). It knows no outline, no area
-and no palette: for each colour it learnt to say whether something of it is there, where, and of what shape.
+The first subtracts the background, finds blobs and redraws them. These are two small convolutional networks, trained on
+renders with noise, blur, dents and objects of no shape, and one of them also on renders that a noisy autoencoder drew
+(``scripts/build_assets.py second``). They know no outline, no area and no palette: for each colour they learnt to say whether
+something of it is there, where, and of what shape.
 """
 
 from __future__ import annotations
@@ -78,18 +79,25 @@ def network(width: int = 48) -> nn.Module:
     return Reader()
 
 
+def networks() -> nn.ModuleList:
+    """Two, whose opinions are averaged."""
+    from torch import nn
+
+    return nn.ModuleList([network(), network()])
+
+
 @cache
-def _reader() -> Any:
+def _readers() -> Any:
     from safetensors.torch import load_file
 
-    net = network()
+    nets = networks()
     weights = load_file(asset("shapes-second") / "model.safetensors")
-    net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
-    return net.eval()
+    nets.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
+    return nets.eval()
 
 
 def look(images: Images, batch: int = 500) -> list[Sight]:
-    """What the network sees in each picture of 32 x 32; an object that it counts but cannot name has no colour or shape."""
+    """What the networks see in each picture of 32 x 32; an object that they count but cannot name has no colour or shape."""
     import torch
     from scipy import ndimage
 
@@ -97,23 +105,28 @@ def look(images: Images, batch: int = 500) -> list[Sight]:
     x = torch.from_numpy(as_array(images)).permute(0, 3, 1, 2)
     sights = []
     for part in torch.split(x, batch):
-        with torch.no_grad():
-            out = _reader()(part.float() / 255)
+        with torch.no_grad():  # each looks twice, the second time in a mirror: what is seen must not depend on it
+            plain, mirrored = ([net(p.float() / 255) for net in _readers()] for p in (part, part.flip(3)))
+        near = [torch.stack([p["near"], m["near"].flip(3)]) for p, m in zip(plain, mirrored, strict=True)]
+        heat = torch.stack([o["heat"] for o in plain] + [o["heat"].flip(3) for o in mirrored]).mean(0)
+        background, counted = (sum(o[k] for o in (*plain, *mirrored)) for k in ("background", "count"))
         for i in range(len(part)):
             blobs = []
-            for c in (out["present"][i] > 0).nonzero().flatten().tolist():
+            for c in (heat[i].amax((1, 2)) > 0).nonzero().flatten().tolist():
                 # two things of one colour are two islands of its heat
-                islands, count = ndimage.label((out["heat"][i, c] > 0).numpy(), np.ones((3, 3)))
+                islands, count = ndimage.label((heat[i, c] > 0).numpy(), np.ones((3, 3)))
                 for n in range(1, count + 1):
-                    island = torch.from_numpy(islands == n)
+                    island = heat[i, c].masked_fill(~torch.from_numpy(islands == n), float("-inf"))
                     with torch.no_grad():
-                        heat = out["heat"][i, c].masked_fill(~island, float("-inf"))
-                        seen = _reader().thing(heat[None, None], out["near"][i : i + 1])
-                    s, where = int(seen["shape"].argmax()), (float(seen["x"]), float(seen["y"]))
+                        seen = [
+                            net.thing(island.expand(2, 1, 16, 16), f[:, i]) for net, f in zip(_readers(), near, strict=True)
+                        ]
+                    s = int(torch.cat([v["shape"] for v in seen]).sum(0).argmax())
+                    where = float(seen[0]["x"][0]), float(seen[0]["y"][0])
                     blobs.append(Blob(colours[c], SHAPES[s] if s < len(SHAPES) else None, *where, 0.0, (0.0, 0.0, 0.0), 0.0))
-            unnamed = int(out["count"][i].argmax()) - len(blobs)
+            unnamed = int(counted[i].argmax()) - len(blobs)
             blobs += [Blob(None, None, SIDE / 2, SIDE / 2, 0.0, (0.0, 0.0, 0.0), 0.0)] * unnamed
-            sights.append(Sight(backgrounds[int(out["background"][i].argmax())], tuple(blobs), float("nan")))
+            sights.append(Sight(backgrounds[int(background[i].argmax())], tuple(blobs), float("nan")))
     return sights
 
 

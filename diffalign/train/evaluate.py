@@ -14,10 +14,10 @@ from diffalign.data.images import to_pil
 from diffalign.data.prompts import Prompt
 from diffalign.errors import DataError
 from diffalign.models import Model
-from diffalign.objectives import Total, pair_metrics
+from diffalign.objectives import Total, metrics_of
 from diffalign.sampling import Sampler, generate
 from diffalign.scorers import ScoreInput, Scorer
-from diffalign.train.feeds import OfflinePairs
+from diffalign.train.feeds import Offline
 
 
 @dataclass(frozen=True)
@@ -113,16 +113,17 @@ def compare(base: Evaluation, aligned: Evaluation, ceiling: Evaluation | None = 
 
 
 @torch.no_grad()
-def heldout_pairs(model: Model, feed: OfflinePairs, objective: Total, draws: int = 2) -> dict[str, float]:
-    """Loss, accuracy, margin and drifts on held-out pairs, at the same noise every time.
+def heldout_pairs(model: Model, feed: Offline, objective: Total, draws: int = 2) -> dict[str, float]:
+    """Loss, accuracy, margin and drifts on held-out examples, at the same noise every time.
 
-    The reference is always asked for, so that drift is known for reference-free objectives too.
+    The reference is always asked for, so that drift is known for reference-free objectives too; and it is always the model
+    before training, so that values can be compared between steps.
     """
     model.net.eval()
     rows: dict[str, list[Tensor]] = {}
     for batch in feed.fixed(draws):
-        terms = feed.terms(model, batch, frozenset({"loser", "reference"}))
+        terms = feed.terms(model, batch, objective.needs | {"loser", "reference"})
         loss = objective(terms, {}).loss
-        for name, value in {"loss": loss, **pair_metrics(terms)}.items():
+        for name, value in {"loss": loss, **metrics_of(terms)}.items():
             rows.setdefault(name, []).append(value)
     return {f"heldout/{name}": torch.cat(v).nanmean().item() for name, v in rows.items()}

@@ -1,71 +1,62 @@
-"""From preference pairs to the terms that objectives read."""
+"""Which examples a step sees, with which noise: a function of the step, so that resuming needs no data state."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from diffalign.data.buckets import Size, bucket_sizes, nearest
 from diffalign.data.cache import BATCH, TensorCache
+from diffalign.data.examples import Example
 from diffalign.data.images import frame, to_tensor
-from diffalign.data.pairs import Pair, Picture
+from diffalign.data.pairs import Picture
 from diffalign.models import Cond, Model
-from diffalign.objectives import Need, PairTerms
-from diffalign.path import add_noise, denoise_error, target
+from diffalign.objectives import Data, Need, Terms
+from diffalign.spec import Spec
 from diffalign.timesteps import TimestepPolicy
+from diffalign.train.coupling import Coupling, draw, first_noise
+from diffalign.train.terms import Batch, terms_of
 
 
-@dataclass(frozen=True)
-class PairBatch:
-    """B encoded pairs with their noise: ``u`` (B,) fractions of the schedule, the rest (B, C, H, W).
+class Curriculum(Spec):
+    """The ``data.curriculum`` section: pairs by their gap in score, the clearest first (Curriculum-DPO)."""
 
-    The frames (B, 6) say how each picture was cut: see :meth:`diffalign.models.Model.sized`.
-    """
-
-    winner: Tensor
-    loser: Tensor
-    winner_frame: Tensor
-    loser_frame: Tensor
-    eps: Tensor
-    u: Tensor
-    cond: Cond | tuple[str | None, ...]
-    """Encoded prompts; the prompts themselves where the text encoders are trained."""
-    weight: Tensor
-
-    def __len__(self) -> int:
-        return len(self.u)
+    chunks: int = Field(default=5, ge=2)
+    """Parts of equal size; those that have come in stay in."""
+    every: int = Field(default=400, ge=1)
+    """Optimizer steps until the next part comes in."""
 
 
 class Feed(Protocol):
     """Makes the micro-batches of a step and turns them into terms."""
 
-    def batches(self, step: int) -> Iterator[PairBatch]: ...
-    def terms(self, model: Model, batch: PairBatch, needs: frozenset[Need]) -> PairTerms: ...
+    def batches(self, step: int) -> Iterator[Batch]: ...
+    def terms(self, model: Model, batch: Batch, needs: frozenset[Need], reference: str = "reference") -> Terms: ...
 
 
-class OfflinePairs:
-    """Pairs from disk, encoded once.
+class Offline:
+    """Examples from disk, encoded once.
 
-    Which pairs a step sees and the noise of each are functions of (seed, step) and (seed, epoch, pair): resuming needs no
-    data state, and batch size, accumulation and processes do not change what is drawn.
+    Which of them a step sees and the noise of each are functions of (seed, step) and (seed, epoch, example): batch size,
+    accumulation and processes do not change what is drawn.
 
-    With a ``granularity`` in pixels each pair is trained at the bucket (:mod:`diffalign.data.buckets`) that its winner's
-    shape is nearest to, both members cut to it, and a micro-batch holds pairs of one bucket. Each bucket goes through its
-    own shuffled epochs, and comes up as often as it holds pairs. Processes and accumulation may still be exchanged freely;
-    ``batch_size`` then decides which pairs stand together.
+    With a ``granularity`` in pixels each example is trained at the bucket (:mod:`diffalign.data.buckets`) that its first
+    picture's shape is nearest to, all of them cut to it, and a micro-batch holds examples of one bucket. Each bucket goes
+    through its own shuffled epochs, and comes up as often as it holds examples. Processes and accumulation may still be
+    exchanged freely; ``batch_size`` then decides which examples stand together.
     """
 
     def __init__(
         self,
         model: Model,
-        pairs: Sequence[Pair],
+        examples: Sequence[Example],
         timesteps: TimestepPolicy,
         cache: Path,
         *,
@@ -77,15 +68,21 @@ class OfflinePairs:
         world: int = 1,
         seed: int = 0,
         caption_dropout: float = 0.0,
+        data: Data = "pairs",
+        coupling: Coupling | None = None,
+        curriculum: Curriculum | None = None,
     ) -> None:
         self.model, self.timesteps, self.seed, self.caption_dropout = model, timesteps, seed, caption_dropout
         self.batch_size, self.accumulation, self.rank, self.world = batch_size, accumulation, rank, world
-        self.pairs = list(pairs)
+        self.data, self.coupling, self.curriculum = data, coupling or Coupling(), curriculum
+        self.examples = list(examples)
+        self.ranked = sorted(range(len(self.examples)), key=lambda i: -_gap(self.examples[i]))
         sizes = bucket_sizes(size, granularity) if granularity else [size]
-        self.sizes = [nearest(p.chosen.shape, sizes) for p in self.pairs] if len(sizes) > 1 else [size] * len(self.pairs)
-        """The bucket of each pair."""
+        shapes = [nearest(x.pictures[0].shape, sizes) for x in self.examples] if len(sizes) > 1 else None
+        self.sizes = shapes or [size] * len(self.examples)
+        """The bucket of each example."""
         self.buckets = {s: n for s in sizes if (n := self.sizes.count(s))}
-        """How many pairs are in each."""
+        """How many examples are in each."""
         self._orders: dict[Size, tuple[int, list[int]]] = {}
         self._schedule: tuple[int, list[tuple[Size, int]]] = (-1, [])
         key = model.fingerprint()
@@ -94,14 +91,13 @@ class OfflinePairs:
         self._encode()
 
     def _encode(self) -> None:
-        pictures = [p for pair in self.pairs for p in (pair.chosen, pair.rejected)]
-        self.keys = [p.key for p in pictures]
+        self.keys = [[p.key for p in x.pictures] for x in self.examples]
         self.model.stage("pictures")
         for size, cache in self.latents.items():
-            some = [2 * i + side for i, s in enumerate(self.sizes) if s == size for side in (0, 1)]
-            make = partial(self._latents, [pictures[j] for j in some], size)
-            cache.fill([self.keys[j] for j in some], make, pictures_at_once(size))
-        self.prompts = list(dict.fromkeys(p.prompt for p in self.pairs))
+            some = [(i, j) for i, s in enumerate(self.sizes) if s == size for j in range(len(self.keys[i]))]
+            make = partial(self._latents, [self.examples[i].pictures[j] for i, j in some], size)
+            cache.fill([self.keys[i][j] for i, j in some], make, pictures_at_once(size))
+        self.prompts = list(dict.fromkeys(p for x in self.examples for p in x.prompts))
         if self.model.trains_texts:
             return
         self.model.stage("texts")
@@ -116,35 +112,38 @@ class OfflinePairs:
         return {"x0": x0, "frame": torch.stack([frame(image, size) for image in images])}
 
     @property
-    def pairs_per_step(self) -> int:
-        """Pairs that one optimizer step sees, over all processes."""
+    def per_step(self) -> int:
+        """Examples that one optimizer step sees, over all processes."""
         return self.batch_size * self.accumulation * self.world
 
-    def batches(self, step: int) -> Iterator[PairBatch]:
+    def batches(self, step: int) -> Iterator[Batch]:
         """This process's micro-batches of one optimizer step."""
         first = step * self.accumulation * self.world
+        if self.curriculum is not None:
+            yield from self._staged(step, self.curriculum)
+            return
         for micro in range(self.accumulation):
             size, block = self._block(first + micro * self.world + self.rank)
             start = block * self.batch_size
             yield self.batch([self._at(size, p) for p in range(start, start + self.batch_size)])
 
-    def fixed(self, draws: int = 1) -> Iterator[PairBatch]:
-        """Every pair once per draw, always with the same noise: for held-out evaluation."""
-        for draw in range(draws):
+    def fixed(self, draws: int = 1) -> Iterator[Batch]:
+        """Every example once per draw, always with the same noise: for held-out evaluation."""
+        for n in range(draws):
             for size in self.buckets:
                 mine = [i for i, s in enumerate(self.sizes) if s == size]
                 for start in range(0, len(mine), self.batch_size):
-                    yield self.batch([(-1 - draw, i) for i in mine[start : start + self.batch_size]])
+                    yield self.batch([(-1 - n, i) for i in mine[start : start + self.batch_size]])
 
     def _block(self, number: int) -> tuple[Size, int]:
         """The bucket of the run's ``number``-th micro-batch, and how many the bucket has had before.
 
-        The buckets of all pairs, shuffled, are who is next: after as many micro-batches as there are pairs, each bucket has
-        had its share exactly.
+        The buckets of all examples, shuffled, are who is next: after as many micro-batches as there are examples, each
+        bucket has had its share exactly.
         """
-        turn, offset = divmod(number, len(self.pairs))
+        turn, offset = divmod(number, len(self.examples))
         if self._schedule[0] != turn:
-            had = {size: turn * pairs for size, pairs in self.buckets.items()}
+            had = {size: turn * n for size, n in self.buckets.items()}
             blocks = []
             for i in self._shuffled("buckets", turn):
                 blocks.append((self.sizes[i], had[self.sizes[i]]))
@@ -153,71 +152,82 @@ class OfflinePairs:
         return self._schedule[1][offset]
 
     def _at(self, size: Size, position: int) -> tuple[int, int]:
-        """(epoch, pair) at a position of a bucket's endless stream of shuffled epochs."""
+        """(epoch, example) at a position of a bucket's endless stream of shuffled epochs."""
         epoch, offset = divmod(position, self.buckets[size])
         if self._orders.get(size, (-1, []))[0] != epoch:
             self._orders[size] = (epoch, [i for i in self._shuffled("order", epoch) if self.sizes[i] == size])
         return epoch, self._orders[size][1][offset]
 
     def _shuffled(self, *key: object) -> list[int]:
-        return torch.randperm(len(self.pairs), generator=_generator(self.seed, *key)).tolist()
+        return torch.randperm(len(self.examples), generator=_generator(self.seed, *key)).tolist()
 
-    def batch(self, rows: Sequence[tuple[int, int]]) -> PairBatch:
-        """Pairs with the noise of their (epoch, index), drawn once for both members."""
+    def _staged(self, step: int, plan: Curriculum) -> Iterator[Batch]:
+        """Micro-batches of a step whose examples are those that have come in so far, in shuffled epochs of their own."""
+        stage = min(step // plan.every, plan.chunks - 1)
+        active = self.ranked[: -(-len(self.ranked) * (stage + 1) // plan.chunks)]
+        orders: dict[int, list[int]] = {}
+        start = (step - stage * plan.every) * self.per_step
+        for micro in range(self.accumulation):
+            at = start + (micro * self.world + self.rank) * self.batch_size
+            rows = []
+            for position in range(at, at + self.batch_size):
+                epoch, offset = divmod(position, len(active))
+                if epoch not in orders:
+                    g = _generator(self.seed, "stage", stage, epoch)
+                    orders[epoch] = torch.randperm(len(active), generator=g).tolist()
+                rows.append((stage * 10**6 + epoch, active[orders[epoch][offset]]))
+            yield self.batch(rows)
+
+    def batch(self, rows: Sequence[tuple[int, int]]) -> Batch:
+        """Examples with the noise of their (epoch, index), drawn once for all pictures unless they are independent."""
         us, noises, texts, pictures = [], [], [], []
         for epoch, i in rows:
-            g = _generator(self.seed, epoch, self.keys[2 * i], self.keys[2 * i + 1])
-            us.append(self.timesteps.draw(1, g))
-            pictures.append([self.latents[self.sizes[i]][self.keys[2 * i + side]] for side in (0, 1)])
-            noises.append(torch.randn(pictures[-1][0]["x0"].shape, generator=g))
+            example = self.examples[i]
+            g = _generator(self.seed, epoch, *self.keys[i])
+            pictures.append([self.latents[self.sizes[i]][key] for key in self.keys[i]])
+            shape = pictures[-1][0]["x0"].shape
+            u, eps = draw(self.coupling, self.timesteps, len(example.pictures), shape, g)
+            if self.coupling.noise == "stored":
+                own = torch.stack([first_noise(p, self.model, shape) for p in example.pictures])
+                eps = own[:, None].expand_as(eps)
+            us.append(u)
+            noises.append(eps)
             dropped = epoch >= 0 and torch.rand((), generator=g).item() < self.caption_dropout
-            texts.append(None if dropped else self.pairs[i].prompt)
-        winners, losers = zip(*pictures, strict=True)
-        return PairBatch(
-            torch.stack([p["x0"] for p in winners]),
-            torch.stack([p["x0"] for p in losers]),
-            torch.stack([p["frame"] for p in winners]),
-            torch.stack([p["frame"] for p in losers]),
+            said = example.prompts if self.coupling.captions == "own" else example.prompts[:1]
+            texts.append([None if dropped else p for p in said])
+        some = [self.examples[i] for _, i in rows]
+        return Batch(
+            torch.stack([torch.stack([p["x0"] for p in row]) for row in pictures]),
+            torch.stack([torch.stack([p["frame"] for p in row]) for row in pictures]),
             torch.stack(noises),
-            torch.cat(us),
-            tuple(texts) if self.model.trains_texts else Cond.cat([self._cond(t) for t in texts]),
-            torch.ones(len(rows)),
+            torch.stack(us),
+            tuple(
+                tuple(column) if self.model.trains_texts else Cond.cat([self._cond(t) for t in column])
+                for column in zip(*texts, strict=True)
+            ),
+            torch.tensor([x.weight for x in some]),
+            self.data,
+            _facts(some),
         )
 
     def _cond(self, prompt: str | None) -> Cond:
         return Cond(**{part: x[None] for part, x in self.texts[text_key(prompt)].items()})
 
-    def terms(self, model: Model, batch: PairBatch, needs: frozenset[Need]) -> PairTerms:
-        """Denoise errors of the batch under the current weights and, if needed, the reference."""
-        return pair_terms(model, batch, self.timesteps, needs)
+    def terms(self, model: Model, batch: Batch, needs: frozenset[Need], reference: str = "reference") -> Terms:
+        """Denoise errors of the batch under the current weights and, if needed, the reference of that name."""
+        return terms_of(model, batch, self.timesteps, needs, self.coupling, reference)
 
 
-def pair_terms(model: Model, batch: PairBatch, timesteps: TimestepPolicy, needs: frozenset[Need]) -> PairTerms:
-    """Errors at one (t, eps) per pair, winners and losers in one forward pass per set of weights."""
-    both = "loser" in needs
-    device = model.timestep(batch.u).device
-    x0 = torch.cat([batch.winner, batch.loser]) if both else batch.winner
-    eps, u = (torch.cat([batch.eps] * 2), torch.cat([batch.u] * 2)) if both else (batch.eps, batch.u)
-    frames = [batch.winner_frame, batch.loser_frame] if both else [batch.winner_frame]
-    x0, eps = x0.to(device), eps.to(device)
-    t = model.timestep(u, (x0.shape[-2], x0.shape[-1]))
-    c = model.coeffs(t)
-    x, wanted = add_noise(x0, eps, c), target(model.kind, x0, eps, c)
-    scale = timesteps.weight(c)
+def _facts(examples: Sequence[Example]) -> dict[str, Tensor]:
+    facts = {"p_win": torch.tensor([x.p_win for x in examples]), "good": torch.tensor([x.good for x in examples])}
+    if all(x.scores is not None for x in examples):
+        facts["scores"] = torch.tensor([x.scores for x in examples])
+    return facts
 
-    def errors() -> tuple[Tensor, Tensor | None]:
-        read = batch.cond if isinstance(batch.cond, Cond) else model.encode_prompts(batch.cond)
-        cond = Cond.cat([model.sized(read, frame) for frame in frames]).to(device)
-        e = scale * denoise_error(model.predict(x, t, cond), wanted)
-        w, *rest = e.chunk(2) if both else (e,)
-        return w, rest[0] if rest else None
 
-    ref_w = ref_l = None
-    if "reference" in needs:
-        with torch.no_grad(), model.weights("reference"):
-            ref_w, ref_l = errors()
-    winner, loser = errors()
-    return PairTerms(winner, loser, ref_w, ref_l, batch.u.to(device), batch.weight.to(device))
+def _gap(example: Example) -> float:
+    """How much better the first picture is than the last."""
+    return example.scores[0] - example.scores[-1] if example.scores else 0.0
 
 
 def pictures_at_once(size: Size) -> int:

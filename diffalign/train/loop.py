@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from diffalign.objectives import Total, pair_metrics
+from diffalign.objectives import Total, metrics_of
 from diffalign.train.feeds import Feed
 from diffalign.train.state import TrainState
 from diffalign.train.tracking import Tracker
@@ -24,33 +24,43 @@ class Interrupted(Exception):
 
 
 def fit(
-    state: TrainState, feed: Feed, objective: Total, tracker: Tracker, heldout: Heldout, save: Callable[[], object]
+    state: TrainState,
+    feed: Feed,
+    objective: Total,
+    tracker: Tracker,
+    heldout: Heldout,
+    save: Callable[[], object],
+    drift: Callable[[], float] = float,
 ) -> None:
-    """Train to ``max_steps``, early stop or a signal. ``heldout`` measures, ``save`` checkpoints."""
+    """Train to ``max_steps``, early stop or a signal. ``heldout`` measures, ``save`` checkpoints, ``drift`` is that of a
+    reference that moves.
+    """
     s, acc, model = state.settings, state.accelerator, state.model
     saved, saved_step = time.monotonic(), state.step
     tracker.begin(state.step)
     with _signals() as asked:
-        while state.step < s.max_steps and not (s.early_stopping_patience and state.since_best >= s.early_stopping_patience):
+        while state.step < s.max_steps and not state.enough:
             model.net.train()
             batches = list(feed.batches(state.step))
             for i, batch in enumerate(batches):
                 with contextlib.nullcontext() if i == len(batches) - 1 else acc.no_sync(model.net):
                     with acc.autocast():
-                        terms = feed.terms(model, batch, objective.needs)
+                        terms = feed.terms(model, batch, objective.needs, state.reference)
                     out = objective(terms, state.objective)
                     loss = out.loss if terms.weight is None else out.loss * terms.weight
                     acc.backward(loss.mean() / len(batches))
-                state.objective = out.state
+                state.objective = _agreed(acc, out.state)
                 state.cost += terms.cost * acc.num_processes
-                tracker.add({"loss": loss.detach(), **pair_metrics(terms), **out.metrics}, terms.images)
+                tracker.add({"loss": loss.detach(), **metrics_of(terms), **out.metrics}, terms.images)
             measured = state.update()
+            state.references.update(model.named_weights, state.step, drift)
             tracker.advance()
             if state.step % s.logging_steps == 0 or state.step == s.max_steps:
                 tracker.flush(state.step, measured)
             if state.step == s.max_steps or (s.eval_steps and state.step % s.eval_steps == 0):
                 values = heldout()
                 tracker.write(state.step, values)
+                state.drifting = state.drifting + 1 if values.get("heldout/drift/winner", 0.0) > 0 else 0
                 if s.metric_for_best in values:
                     state.improved(s.metric_for_best, values[s.metric_for_best])
             stop = _any_process(acc, bool(asked))
@@ -86,6 +96,13 @@ def _signals() -> Iterator[list[str]]:
     finally:
         for n, handler in old.items():
             signal.signal(getattr(signal, n), handler)
+
+
+def _agreed(acc: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The mean of an objective's state over all processes, so that they go on alike."""
+    if acc.num_processes == 1:
+        return state
+    return {name: acc.reduce(value, reduction="mean") for name, value in state.items()}
 
 
 def _any_process(acc: Any, flag: bool) -> bool:

@@ -20,6 +20,7 @@ from diffalign.data.files import write_json
 from diffalign.errors import ConfigError, DiffalignError, ModelError
 from diffalign.models import Model
 from diffalign.spec import Spec
+from diffalign.train.references import Base, ReferencePolicy
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -52,6 +53,10 @@ class TrainSettings(Spec):
     """Held-out pair loss and accuracy every this many steps; 0 only at the end."""
     early_stopping_patience: int = Field(default=0, ge=0)
     """Stop after this many evaluations without a better held-out value; 0 never."""
+    winner_drift_patience: int = Field(default=0, ge=0)
+    """Stop after this many evaluations in a row in which held-out winners are worse than at the start; 0 never."""
+    protect_winner: float | None = Field(default=None, ge=0, lt=1)
+    """mu of Diffusion-SDPO: the loser's gradient is scaled down where it would raise the winner's error; higher is safer."""
     metric_for_best: Literal["heldout/loss", "heldout/accuracy", "select/score"] = "heldout/loss"
     """Decides which checkpoint is the best; select/score makes images from ``evaluate.select_prompts`` prompts."""
     load_best: bool = False
@@ -98,8 +103,11 @@ def learning_rate_factor(s: TrainSettings, step: int) -> float:
 class TrainState:
     """Model, optimizer and counters of one run. Every process holds one; ``accelerator`` knows which it is."""
 
-    def __init__(self, model: Model, accelerator: Any, settings: TrainSettings) -> None:
+    def __init__(
+        self, model: Model, accelerator: Any, settings: TrainSettings, references: ReferencePolicy | None = None
+    ) -> None:
         self.model, self.accelerator, self.settings = model, accelerator, settings
+        self.references = references or Base()
         self.parameters = model.named_weights.trainable()
         optimizer = make_optimizer(list(self.parameters.values()), settings)
         model.net, self.optimizer = accelerator.prepare(model.net, optimizer)
@@ -109,9 +117,24 @@ class TrainState:
         self.objective: dict[str, Tensor] = {}
         self.best: dict[str, float] = {}
         self.since_best = 0
+        self.drifting = 0
+        """Evaluations in a row in which held-out winners were worse than at the start."""
         self.spent, self.began = 0.0, time.monotonic()
         if settings.ema_decay:
             model.named_weights.take("ema")
+        self.references.begin(model.named_weights)
+
+    @property
+    def reference(self) -> str:
+        """The weights that this step is compared with."""
+        return self.references.name(self.model.named_weights, self.step, self.settings.seed)
+
+    @property
+    def enough(self) -> bool:
+        """Whether a patience has run out."""
+        s = self.settings
+        waited = (s.early_stopping_patience, self.since_best), (s.winner_drift_patience, self.drifting)
+        return any(patience and count >= patience for patience, count in waited)
 
     def update(self) -> dict[str, float]:
         """Clip, check, step the optimizer and the average; returns what was measured.
@@ -173,9 +196,8 @@ class TrainState:
                 shutil.rmtree(tmp, ignore_errors=True)
                 tmp.mkdir(parents=True)
                 save_file({n: p.detach().cpu().contiguous() for n, p in self.parameters.items()}, tmp / "weights.safetensors")
-                for name in ("ema", "best"):
-                    if name in self.model.named_weights.snapshots:
-                        stored = self.model.named_weights.snapshots[name]
+                for name, stored in self.model.named_weights.snapshots.items():
+                    if name != "reference":  # which follows from the model
                         save_file({n: p.cpu().contiguous() for n, p in stored.items()}, tmp / f"{name}.safetensors")
                 torch.save(self.optimizer.state_dict(), tmp / "optimizer.pt")
                 torch.save({"objective": self.objective, "scaler": acc.scaler and acc.scaler.state_dict()}, tmp / "extra.pt")
@@ -186,6 +208,7 @@ class TrainState:
             if acc.is_main_process:
                 sizes = {f.name: f.stat().st_size for f in sorted(tmp.iterdir())}
                 state = {"step": self.step, "cost": self.cost, "best": self.best, "since_best": self.since_best}
+                state["drifting"] = self.drifting
                 state["seconds"] = round(self.seconds, 1)
                 write_json(tmp / "state.json", state | {"processes": acc.num_processes, "files": sizes})
                 shutil.rmtree(final, ignore_errors=True)
@@ -216,10 +239,12 @@ class TrainState:
             if state["processes"] != self.accelerator.num_processes:
                 raise ValueError(f"made by {state['processes']} processes, not {self.accelerator.num_processes}")
             _copy_into(self.parameters, load_file(checkpoint / "weights.safetensors"))
-            for name in ("ema", "best"):
-                if (checkpoint / f"{name}.safetensors").exists():
-                    stored = load_file(checkpoint / f"{name}.safetensors")
-                    weights.snapshots[name] = {n: stored[n].to(p.device) for n, p in self.parameters.items()}
+            for name in [n for n in weights.snapshots if n != "reference"]:
+                del weights.snapshots[name]
+            for file in sorted(checkpoint.glob("*.safetensors")):
+                if file.name != "weights.safetensors":
+                    device = next(iter(self.parameters.values())).device
+                    weights.snapshots[file.stem] = {n: p.to(device) for n, p in load_file(file).items()}
             self.optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
             extra = torch.load(checkpoint / "extra.pt", weights_only=True)
             if self.accelerator.scaler is not None and extra["scaler"]:
@@ -234,7 +259,7 @@ class TrainState:
             raise ModelError(f"{checkpoint}: damaged: {type(e).__name__}: {e}", hint="delete this checkpoint") from e
         self.objective = extra["objective"]
         self.step, self.cost = state["step"], state["cost"]
-        self.best, self.since_best = state["best"], state["since_best"]
+        self.best, self.since_best, self.drifting = state["best"], state["since_best"], state.get("drifting", 0)
         self.spent, self.began = state["seconds"], time.monotonic()
 
 

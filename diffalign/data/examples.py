@@ -1,0 +1,142 @@
+"""What a feed is made of: pairs, single labelled images, or groups of scored ones, all as :class:`Example`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from diffalign.data.pairs import Pair, Picture, own_pictures, picture_source, read_pairs, rows_of, table_rows
+from diffalign.errors import DataError
+
+
+@dataclass(frozen=True)
+class Example:
+    """K pictures that are compared with one another, K the same within a feed: 2 in a pair, winner first; 1 with a label."""
+
+    pictures: tuple[Picture, ...]
+    prompts: tuple[str, ...]
+    """One caption per picture."""
+    scores: tuple[float, ...] | None = None
+    p_win: float = 1.0
+    good: bool = True
+    weight: float = 1.0
+
+    @property
+    def prompt(self) -> str:
+        return self.prompts[0]
+
+
+def of_pair(pair: Pair) -> Example:
+    """A pair as an example."""
+    prompts = (pair.prompt, pair.rejected_prompt or pair.prompt)
+    return Example((pair.chosen, pair.rejected), prompts, pair.scores, pair.p_win, weight=pair.weight)
+
+
+def labels_of(pairs: Sequence[Pair]) -> list[Example]:
+    """Single images from pairs: good if it won at least once with its caption, bad otherwise (Diffusion-KTO, section 4.3)."""
+    won = {(p.prompt, p.chosen.key) for p in pairs}
+    out: dict[tuple[str, str], Example] = {}
+    for pair in pairs:
+        for picture, prompt in ((pair.chosen, pair.prompt), (pair.rejected, pair.rejected_prompt or pair.prompt)):
+            key = (prompt, picture.key)
+            out.setdefault(key, Example((picture,), (prompt,), good=key in won))
+    return list(out.values())
+
+
+def balanced(labels: Sequence[Example], share: float) -> list[Example]:
+    """The same with weights, so that the good ones carry ``share`` of the whole and the mean weight is 1.
+
+    Raises:
+        DataError: all are good, or all are bad.
+    """
+    good = sum(x.good for x in labels)
+    if not 0 < good < len(labels):
+        raise DataError(f"all labels are {'good' if good else 'bad'}", hint="drop data.positive_share, or add the others")
+    factor = {True: share * len(labels) / good, False: (1 - share) * len(labels) / (len(labels) - good)}
+    return [replace(x, weight=factor[x.good]) for x in labels]
+
+
+def read_labels(source: str, limit: int | None = None) -> list[Example]:
+    """Single images with labels: a table with ``prompt``, ``image`` and ``label`` (1 good, 0 bad), or the images of pairs.
+
+    Raises:
+        DataError: a missing column or a label that is neither; names the row.
+    """
+    path = Path(source)
+    if path.is_file() and (rows := list(table_rows(path))) and "label" in rows[0]:
+        return [_label(row, path, f"{source}, row {n}") for n, row in enumerate(rows[:limit], 1)]
+    return labels_of(read_pairs(source, limit))
+
+
+def _label(row: Mapping[str, Any], path: Path, where: str) -> Example:
+    _columns(row, ("prompt", "image", "label"), where)
+    if row["label"] not in (0, 1):
+        raise DataError(f"{where}: label must be 1 (good) or 0 (bad), got {row['label']!r}")
+    picture = Picture(picture_source(row["image"], path.parent, where), where)
+    return Example((picture,), (str(row["prompt"]),), good=bool(row["label"]))
+
+
+def read_groups(source: str, size: int, limit: int | None = None) -> list[Example]:
+    """Groups of ``size`` scored images: a dataset folder with ``groups/``, or a table with ``prompt``, ``images``, ``scores``.
+
+    Of larger groups, images are taken evenly from the best to the worst; smaller ones are left out.
+
+    Raises:
+        DataError: there are none, or what is there is pairs; names the row.
+    """
+    path = Path(source)
+    if (path / "groups").is_dir():
+        found: Iterable[Example] = _own_groups(path)
+    elif path.is_file() and (rows := list(table_rows(path))) and "images" in rows[0]:
+        found = (_group(row, path, f"{source}, row {n}") for n, row in enumerate(rows, 1))
+    else:
+        raise DataError(
+            f"{source}: it holds no groups, which this objective ranks",
+            hint="give a dataset folder with groups/, or a table with prompt, images and scores; or a loss on pairs",
+        )
+    out = [spread(group, size) for group in found if len(group.pictures) >= size]
+    if not out:
+        raise DataError(f"{source}: no group has {size} images", hint="lower data.group_size")
+    return out[:limit]
+
+
+def _own_groups(folder: Path) -> Iterator[Example]:
+    pictures = own_pictures(folder)
+    for row in rows_of(folder, "groups", ["group_id", "prompt", "image_ids", "rewards"], ()):
+        where = f"{folder}/groups, group {row['group_id']}"
+        if missing := [i for i in row["image_ids"] if i not in pictures]:
+            raise DataError(f"{where}: {missing[0]!r} is not in images/")
+        yield _example(row["prompt"], [pictures[i] for i in row["image_ids"]], row["rewards"], where)
+
+
+def _group(row: Mapping[str, Any], path: Path, where: str) -> Example:
+    _columns(row, ("prompt", "images", "scores"), where)
+    pictures = [Picture(picture_source(x, path.parent, where), where) for x in row["images"]]
+    return _example(str(row["prompt"]), pictures, row["scores"], where)
+
+
+def _example(prompt: str, pictures: Sequence[Picture], scores: Sequence[Any], where: str) -> Example:
+    if len(pictures) != len(scores) or not all(isinstance(x, int | float) for x in scores):
+        raise DataError(f"{where}: {len(pictures)} images need as many scores, got {list(scores)}")
+    return Example(tuple(pictures), (prompt,) * len(pictures), tuple(map(float, scores)))
+
+
+def _columns(row: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+    for name in names:
+        if row.get(name) is None:
+            raise DataError(f"{where}: no {name}; found {', '.join(map(str, row))}")
+
+
+def spread(group: Example, size: int) -> Example:
+    """``size`` images of a group, evenly from the best to the worst, in that order."""
+    assert group.scores is not None
+    order = sorted(range(len(group.pictures)), key=lambda i: -group.scores[i])  # type: ignore[index]
+    some = [order[round(j * (len(order) - 1) / max(1, size - 1))] for j in range(size)]
+    return replace(
+        group,
+        pictures=tuple(group.pictures[i] for i in some),
+        prompts=tuple(group.prompts[i] for i in some),
+        scores=tuple(group.scores[i] for i in some),
+    )

@@ -1,0 +1,95 @@
+"""How the pictures of one example share time, noise and caption."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from diffalign.data.pairs import Picture
+from diffalign.errors import DataError
+from diffalign.models import Cond, Model
+from diffalign.path import Coeffs, split
+from diffalign.sampling import item_seed
+from diffalign.spec import Spec
+from diffalign.timesteps import TimestepPolicy
+
+
+class Coupling(Spec):
+    """The ``coupling`` section."""
+
+    noise: Literal["shared", "independent", "inverted", "stored"] | None = None
+    """``shared``: one (t, eps) for all pictures of a pair or group, the default; ``independent``: each its own, as single
+    images have anyway; ``inverted``: the noise to which the policy itself leads each picture (SmPO, InPO), at one t;
+    ``stored``: the noise that each picture was made from (PNAPO), at one t, known of a dataset folder by diffalign."""
+    draws: int = Field(default=1, ge=1)
+    """Times per example, one from each n-th of their distribution; errors are averaged before the loss (VRPO)."""
+    captions: Literal["shared", "own"] = "shared"
+    """``own``: each picture with its own caption (DCPO, or one picture with two captions: TDPO); pairs need the column
+    ``rejected_prompt``."""
+    inversion_steps: int = Field(default=10, ge=1)
+    """Steps from the clean picture to its time, of ``inverted``."""
+    renoise: int = Field(default=0, ge=0)
+    """Refinements of each of these steps (Garibi et al. 2024, ReNoise)."""
+
+
+def draw(
+    coupling: Coupling, times: TimestepPolicy, pictures: int, shape: torch.Size, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """u (K, S) and eps (K, S, C, H, W) of K pictures and S draws."""
+    n = coupling.draws
+    if coupling.noise == "independent":
+        apart = [(times.draw(n, generator), torch.randn(n, *shape, generator=generator)) for _ in range(pictures)]
+        return torch.stack([u for u, _ in apart]), torch.stack([e for _, e in apart])
+    u, eps = times.draw(n, generator), torch.randn(n, *shape, generator=generator)
+    return u.expand(pictures, n), eps.expand(pictures, n, *shape)
+
+
+def first_noise(picture: Picture, model: Model, shape: torch.Size) -> Tensor:
+    """The noise that a picture was sampled from, (C, H, W).
+
+    Raises:
+        DataError: it is not known, or has another size.
+    """
+    if picture.made is None:
+        raise DataError(
+            f"{picture.where}: its first noise is not known", hint="coupling.noise: stored needs images by diffalign"
+        )
+    if tuple(shape) != tuple(model.latent_shape):
+        raise DataError(f"{picture.where}: its noise is known at {model.latent_shape}, not at {tuple(shape)}")
+    return torch.randn(model.latent_shape, generator=torch.Generator().manual_seed(item_seed(*picture.made)))
+
+
+@torch.no_grad()
+def invert(model: Model, x0: Tensor, u: Tensor, cond: Cond, steps: int, renoise: int = 0) -> Tensor:
+    """The eps (B, C, H, W) in x_t = alpha x0 + sigma eps where a deterministic sampler, run backwards to ``u`` (B,), ends.
+
+    Each step goes from one noise level to the next along the prediction there; a refinement predicts again where it
+    arrived and takes the mean of the two.
+    """
+    size = (x0.shape[-2], x0.shape[-1])
+
+    def at(j: int) -> tuple[Tensor, Coeffs]:
+        t = model.timestep((u * j / steps).clamp(min=1e-3), size)
+        return t, model.coeffs(t)
+
+    def noise(x: Tensor, t: Tensor, c: Coeffs) -> Tensor:
+        return split(model.kind, model.predict(x, t, cond), x, c)[1]
+
+    def moved(x: Tensor, eps: Tensor, c: Coeffs, c_next: Coeffs) -> Tensor:
+        (a, s), (a_next, s_next) = c.over(x), c_next.over(x)
+        return a_next * (x - s * eps) / a + s_next * eps
+
+    x = x0
+    for j in range(steps):
+        (t, c), (t_next, c_next) = at(j), at(j + 1)
+        eps = noise(x, t, c)
+        there = moved(x, eps, c, c_next)
+        for _ in range(renoise):
+            eps = (eps + noise(there, t_next, c_next)) / 2
+            there = moved(x, eps, c, c_next)
+        x = there
+    a, s = at(steps)[1].over(x0)
+    return (x - a * x0) / s

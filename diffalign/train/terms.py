@@ -1,0 +1,121 @@
+"""From a batch of encoded examples to the errors that objectives read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from diffalign.models import Cond, Model
+from diffalign.objectives import Data, GroupTerms, LabelTerms, Need, PairTerms, Terms
+from diffalign.path import add_noise, denoise_error, target
+from diffalign.timesteps import TimestepPolicy
+from diffalign.train.coupling import Coupling, invert
+
+Texts = tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B encoded examples of K pictures with their noise, at S times each.
+
+    The frames (B, K, 6) say how each picture was cut: see :meth:`diffalign.models.Model.sized`.
+    """
+
+    x0: Tensor
+    """(B, K, C, H, W)"""
+    frames: Tensor
+    eps: Tensor
+    """(B, K, S, C, H, W)"""
+    u: Tensor
+    """(B, K, S) fractions of the schedule"""
+    conds: tuple[Cond | Texts, ...]
+    """Encoded prompts, or the prompts themselves where the text encoders are trained: for all pictures, or for each."""
+    weight: Tensor
+    data: Data = "pairs"
+    facts: dict[str, Tensor] = field(default_factory=dict)
+    """What is known of the examples: p_win (B,), good (B,), scores (B, K)."""
+
+    def __len__(self) -> int:
+        return len(self.u)
+
+
+def terms_of(
+    model: Model,
+    batch: Batch,
+    timesteps: TimestepPolicy,
+    needs: frozenset[Need],
+    coupling: Coupling | None = None,
+    reference: str = "reference",
+) -> Terms:
+    """Errors of all pictures in one forward pass per set of weights; ``reference`` names the weights to compare with.
+
+    Of pairs whose objective does not ask for the loser, only the winners are seen.
+    """
+    coupling = coupling or Coupling()
+    (b, k), draws = batch.x0.shape[:2], batch.u.shape[2]
+    k = 1 if batch.data == "pairs" and "loser" not in needs else k
+    device = model.timestep(batch.u[:, 0, 0]).device
+
+    def flat(x: Tensor) -> Tensor:
+        """(B, K, S, ...) to rows, draw by draw and picture by picture."""
+        return x[:, :k].transpose(0, 2).flatten(0, 2)
+
+    x0 = flat(batch.x0[:, :, None].expand(-1, -1, draws, *batch.x0.shape[2:])).to(device)
+    eps, u = flat(batch.eps).to(device), flat(batch.u)
+    t = model.timestep(u, (x0.shape[-2], x0.shape[-1]))
+    c = model.coeffs(t)
+
+    def cond() -> Cond:
+        said = batch.conds * k if len(batch.conds) == 1 else batch.conds[:k]
+        read = [x if isinstance(x, Cond) else model.encode_prompts(x) for x in said]
+        return Cond.cat([model.sized(x, batch.frames[:, i]) for i, x in enumerate(read)] * draws).to(device)
+
+    passes = 4 if "reference" in needs else 3
+    if coupling.noise == "inverted":
+        eps = invert(model, x0, u.to(device), cond(), coupling.inversion_steps, coupling.renoise)
+        passes += coupling.inversion_steps * (1 + coupling.renoise)
+    x, wanted = add_noise(x0, eps, c), target(model.kind, x0, eps, c)
+    noisiest = model.coeffs(model.timestep(torch.tensor([1 - 2**-24])))
+    scale = timesteps.weight(c, model.kind, noisiest)
+
+    def by_picture(e: Tensor) -> tuple[Tensor, ...]:
+        """Means over the draws, (B,) for each picture."""
+        return e.view(draws, k, b).mean(0).unbind(0)
+
+    found: dict[str, Tensor] = {}
+    ref: tuple[Tensor, ...] = ()
+    if "reference" in needs:
+        with torch.no_grad(), model.weights(reference):
+            there = model.predict(x, t, cond())
+            ref = by_picture(scale * denoise_error(there, wanted))
+    here = model.predict(x, t, cond())
+    errors = by_picture(scale * denoise_error(here, wanted))
+    if "distance" in needs:
+        found["distance"] = by_picture(scale * denoise_error(here, there))[0]
+    shared = {
+        "t": batch.u[:, 0].mean(-1).to(device),
+        "weight": batch.weight.to(device),
+        "images": b * k,
+        "cost": b * k * draws * passes,
+    }
+    facts = {name: value.to(device) for name, value in batch.facts.items()}
+    match batch.data:
+        case "labels":
+            return LabelTerms(errors[0], facts["good"], ref[0] if ref else None, **found, **shared)  # type: ignore[arg-type]
+        case "groups":
+            e, r = torch.stack(errors, 1), torch.stack(ref, 1) if ref else None
+            return GroupTerms(e, facts["scores"], r, **found, **shared)  # type: ignore[arg-type]
+    if "overlap" in needs:
+        rho = (here.detach().float() - wanted.float()).view(draws, 2, b, -1)
+        found["overlap"] = (scale.view(draws, 2, b)[:, 0] * (rho[:, 0] * rho[:, 1]).mean(-1)).mean(0)
+    if "p_win" in facts:
+        found["p_win"] = facts["p_win"]
+    if "scores" in facts:
+        found |= {"score_winner": facts["scores"][:, 0], "score_loser": facts["scores"][:, 1]}
+    both = k == 2
+    return PairTerms(
+        errors[0], errors[1] if both else None, ref[0] if ref else None, ref[1] if ref and both else None,
+        **found, **shared,  # type: ignore[arg-type]
+    )  # fmt: skip

@@ -1,0 +1,104 @@
+"""Every method's preset takes two steps on a tiny model of its family, with data of its kind."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import picture
+
+from diffalign.recipes import TrainConfig, shipped_configs, train
+from diffalign.spec import load
+from diffalign.train.tracking import read_metrics
+
+METHODS = [n for n in shipped_configs() if n.startswith("presets/") and "/memory/" not in n]
+CANONICAL = ["diffusion-dpo", "mapo", "diffusion-kto", "rank-dpo", "linear-dpo"]
+CORE = [*CANONICAL, "smpo", "safeguard-dpo", "curriculum-dpo", "dspo", "rdp"]
+STORED = "presets/reconstructed/pnapo"
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A few pictures as pairs with scores and captions of the losers' own, as the same pairs serve for labels; as groups."""
+    folder = tmp_path_factory.mktemp("method-data")
+    for i in range(8):
+        picture(i).save(folder / f"{i}.png")
+    pairs = [f"picture {i},{i}.png,{(i + 1) % 8}.png,{0.5 + i / 20},0.4,no picture {i}" for i in range(8)]
+    head = "prompt,chosen,rejected,chosen_score,rejected_score,rejected_prompt"
+    (folder / "pairs.csv").write_text("\n".join([head, *pairs]) + "\n")
+    names = '["0.png", "1.png", "2.png", "3.png"]'
+    lines = [f'{{"prompt": "group {i}", "images": {names}, "scores": [0.9, 0.6, 0.3, 0.1]}}' for i in range(6)]
+    (folder / "groups.jsonl").write_text("\n".join(lines) + "\n")
+    return {"pairs": str(folder / "pairs.csv"), "labels": str(folder / "pairs.csv"), "groups": str(folder / "groups.jsonl")}
+
+
+def two_steps(name: str, model: Path, tables: dict[str, str], out: Path) -> dict[str, Any]:
+    path = shipped_configs()[name]
+    data = tables[load(TrainConfig, path).total.data]
+    small = ["train.max_steps=2", "train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=1"]
+    more = [
+        "train.logging_steps=1",
+        "data.resolution=null",
+        "model.gradient_checkpointing=false",
+    ]
+    more += ["model.max_sequence_length=16"] if any(t5 in model.name for t5 in ("sd3", "flux", "pixart")) else []
+    config = load(TrainConfig, path, [f"model.path={model}", f"data.path={data}", f"output_dir={out}", *small, *more])
+    metrics = train(config).metrics
+    assert metrics["steps"] == 2
+    lines = [x for x in read_metrics(out) if "loss" in x]
+    assert lines[0]["loss"] == lines[0]["loss"]
+    return {"passes": metrics["denoiser_passes"], "first": lines[0]}
+
+
+@pytest.mark.parametrize(
+    "name", [n if n.rpartition("/")[2] in CORE else pytest.param(n, marks=pytest.mark.slow) for n in METHODS if n != STORED]
+)
+def test_a_preset_takes_two_steps_on_a_unet(
+    name: str, folder_of: Callable[[str], Path], tables: dict[str, str], tmp_path: Path
+) -> None:
+    of = load(TrainConfig, shipped_configs()[name]).model.path
+    family = "sdxl" if "sdxl" in of else "sd3" if "3.5" in of else "sd"
+    two_steps(name, folder_of(family), tables, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in METHODS if n != STORED])
+def test_a_preset_takes_two_steps_on_a_dit(
+    name: str, folder_of: Callable[[str], Path], tables: dict[str, str], tmp_path: Path
+) -> None:
+    two_steps(name, folder_of("sd3"), tables, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sdxl", "flux-dev", "pixart-sigma"])
+@pytest.mark.parametrize("name", CANONICAL)
+def test_five_canonical_methods_train_on_every_family(
+    name: str, family: str, folder_of: Callable[[str], Path], tables: dict[str, str], tmp_path: Path
+) -> None:
+    two_steps(f"presets/{name}", folder_of(family), tables, tmp_path / "run")
+
+
+def test_presets_say_where_they_come_from() -> None:
+    for name in METHODS:
+        head = [line for line in shipped_configs()[name].read_text().splitlines() if line.startswith("#")]
+        assert len(head) >= 2, name
+        assert re.search(r"arXiv \d{4}\.\d{5}|20\d\d|LLaDA|Diffusion-SDPO", "\n".join(head)), name
+        assert ("/reconstructed/" in name) == head[0].startswith("# status: reconstruction"), name
+
+
+def test_the_rows_of_the_leaderboard_are_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from leaderboard import WORLDS
+
+    for world in WORLDS.values():
+        for row in world.rows.values():
+            load(TrainConfig, world.config, [*row.overrides, "output_dir=x"])
+
+
+def test_the_verified_core_is_there() -> None:
+    core = "diffusion-dpo mapo diffusion-kto ipo robust-dpo curriculum-dpo smpo diffusion-npo dspo linear-dpo safeguard-dpo"
+    for name in [*core.split(), "infonca", "rdp", "rank-dpo"]:
+        assert f"presets/{name}" in METHODS
