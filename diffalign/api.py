@@ -11,10 +11,12 @@ from pydantic import Field
 
 from diffalign.models import LoRA, ModelSpec
 from diffalign.objectives import SFT, MaPO, Objective, Sigmoid
-from diffalign.recipes import DataSpec, EvaluateSpec, Run, TrainConfig, evaluate_run, ready_model, train
+from diffalign.recipes import EvaluateSpec, Run, TrainConfig, evaluate_run, ready_model, train
 from diffalign.sampling import Sampler
+from diffalign.spec import validate
 from diffalign.timesteps import TIMESTEPS, TimestepPolicy, Uniform
 from diffalign.train.state import TrainSettings
+from diffalign.training_data import DataSpec
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -102,16 +104,17 @@ class Trainer:
         path = str(train_dataset) if isinstance(train_dataset, str | Path) else "rows in memory"
         self.pairs = None if isinstance(train_dataset, str | Path) else pairs_of(train_dataset)
         settings = {name: getattr(args, name) for name in TrainSettings.model_fields}
-        self.config = TrainConfig(
-            model=spec.model_copy(update={"lora": args.lora}),
-            data=DataSpec(path=path, holdout=args.holdout, resolution=args.resolution, buckets=args.buckets),
-            objective=(args.objective(),),
-            timesteps=args.timesteps,
-            train=TrainSettings(**settings),
-            evaluate=args.evaluate,
-            output_dir=args.output_dir,
-            resume_from=args.resume_from,
-        )
+        sections = {
+            "model": spec.model_copy(update={"lora": args.lora}),
+            "data": DataSpec(path=path, holdout=args.holdout, resolution=args.resolution, buckets=args.buckets),
+            "objective": (args.objective(),),
+            "timesteps": args.timesteps,
+            "train": TrainSettings(**settings),
+            "evaluate": args.evaluate,
+            "output_dir": args.output_dir,
+            "resume_from": args.resume_from,
+        }
+        self.config = validate(TrainConfig, sections, "args")
 
     def train(self) -> Run:
         """Train, export and, if asked, evaluate; returns the run's folder and metrics."""

@@ -11,12 +11,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from diffalign.data.files import write_json, write_text
+from diffalign.data.files import atomic, atomic_folder, write_json, write_text
 from diffalign.data.prompts import Prompt, normalised, read_prompts
 from diffalign.errors import ConfigError, DataError
 from diffalign.hub import cache_dir, licence, resolve
@@ -30,9 +31,9 @@ from diffalign.spec import Spec, dump, load
 from diffalign.suites import is_suite, suite_prompts
 from diffalign.timesteps import TIMESTEPS, TimestepPolicy, Uniform
 from diffalign.train.coupling import Coupling
-from diffalign.train.feeds import Curriculum
 from diffalign.train.references import MOVING, REFERENCES, Base, ReferencePolicy
 from diffalign.train.state import TrainSettings, TrainState, checkpoints, make_optimizer
+from diffalign.training_data import DataSpec, build_examples, consistent
 
 if TYPE_CHECKING:
     from diffalign.data.examples import Example
@@ -45,39 +46,6 @@ Objectives = OBJECTIVES.one_or_more() if not TYPE_CHECKING else tuple[Objective,
 log = logging.getLogger(__name__)
 
 SHAPES_PROMPTS = re.compile(r"shapes:(train|select|test)")
-
-
-class DataSpec(Spec):
-    """The ``data`` section."""
-
-    path: str = "shapes-pairs"
-    """A dataset folder, a table with prompt, chosen and rejected, a hub dataset id, or ``shapes-pairs``."""
-    limit: int | None = Field(default=None, ge=1)
-    """Use only the first pairs."""
-    holdout: float = Field(default=0.1, ge=0, lt=1)
-    """Share of prompts kept out of training, for held-out loss and accuracy."""
-    resolution: int | None = Field(default=None, ge=8)
-    """Side in pixels; the model's own if not given."""
-    buckets: bool = False
-    """Cut each pair to the size of about that area that its winner's shape is nearest to, instead of to a square."""
-    shuffle_labels: bool = False
-    """Exchange winner and loser by a coin: the control that a method must beat."""
-    evaluation_prompts: Literal["refuse", "drop", "keep"] = "refuse"
-    """Training pairs whose prompt is evaluated on as well, whatever its case, punctuation and spaces."""
-    swap_labels: bool = False
-    """Train on the opposite preference, for a model to be guided away from (Diffusion-NPO)."""
-    flip_labels: float = Field(default=0.0, ge=0, lt=0.5)
-    """Share of training pairs whose label is exchanged: noise that robust losses are made for."""
-    p_win_scale: float | None = Field(default=None, gt=0)
-    """Soft labels from scores: p_win = sigmoid(p_win_scale (R_w - R_l))."""
-    standardize_scores: bool = False
-    """Divide scores by the standard deviation of all training scores."""
-    curriculum: Curriculum | None = None
-    """Bring pairs in by their gap in score, the clearest first."""
-    positive_share: float | None = Field(default=None, gt=0, lt=1)
-    """Of labels: weigh them so that good images carry this share."""
-    group_size: int = Field(default=4, ge=2)
-    """Images per group, for losses on groups."""
 
 
 class EvaluateSpec(Spec):
@@ -132,7 +100,7 @@ class TrainConfig(Spec):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         s = self.train
-        _consistent(self)
+        consistent(self)
         if s.metric_for_best.startswith("heldout/") and self.data.holdout == 0 and (s.early_stopping_patience or s.load_best):
             raise ValueError(f"train.metric_for_best is {s.metric_for_best}, but data.holdout is 0: set data.holdout above 0")
         if s.early_stopping_patience and not s.eval_steps:
@@ -147,36 +115,6 @@ class TrainConfig(Spec):
     def total(self) -> Total:
         """The objectives as one."""
         return Total(self.objective, self.train.protect_winner)
-
-
-def _consistent(c: TrainConfig) -> None:
-    """Refuse what contradicts itself between objective, data, coupling and reference, with the remedy."""
-    total, data, noise = c.total, c.data, c.coupling.noise
-    names = " + ".join(str(getattr(o, "type", type(o).__name__)) for o in total.parts)
-    pairs_only = {
-        "data.shuffle_labels": data.shuffle_labels,
-        "data.swap_labels": data.swap_labels,
-        "data.flip_labels": data.flip_labels > 0,
-        "data.p_win_scale": data.p_win_scale is not None,
-        "data.curriculum": data.curriculum is not None,
-        "train.protect_winner": c.train.protect_winner is not None,
-        "coupling.captions: own": c.coupling.captions == "own",
-    }
-    wrong = [key for key, is_set in pairs_only.items() if is_set and total.data != "pairs"]
-    if wrong:
-        raise ValueError(f"{wrong[0]} is about pairs, but {names} is about {total.data}: drop it")
-    if total.data == "labels" and noise == "shared":
-        raise ValueError(f"coupling.noise is shared, but {names} sees single images, each with its own noise: drop it")
-    if data.positive_share is not None and total.data != "labels":
-        raise ValueError(f"data.positive_share is about labels, but {names} is about {total.data}: drop it")
-    if not isinstance(c.reference, Base) and "reference" not in total.needs:
-        raise ValueError(f"reference is set, but {names} does without one: drop it")
-    if c.train.protect_winner is not None and noise not in (None, "shared"):
-        raise ValueError(f"train.protect_winner compares residuals at the same noise, but coupling.noise is {noise}: drop one")
-    if data.curriculum is not None and data.buckets:
-        raise ValueError("data.curriculum orders pairs, and so does data.buckets: drop one")
-    if data.shuffle_labels and data.flip_labels:
-        raise ValueError("data.shuffle_labels and data.flip_labels both exchange labels: drop one")
 
 
 # --- pieces ---------------------------------------------------------------------------------------------------------
@@ -231,76 +169,6 @@ def ready_model(spec: ModelSpec) -> Model:
     import torch
 
     return build_model(spec).to(torch.device(device()))
-
-
-def build_pairs(spec: DataSpec, seed: int, given: Sequence[Pair] | None = None) -> tuple[list[Pair], list[Pair]]:
-    """(training pairs, held-out pairs), of ``given`` ones or of those at ``spec.path``."""
-    from diffalign.data.pairs import flipped, read_pairs, shuffled_labels, split_by_prompt
-    from diffalign.shapes.assets import ASSETS
-
-    source = str(resolve(spec.path)) if spec.path in ASSETS else spec.path
-    pairs = read_pairs(source, spec.limit) if given is None else list(given)[: spec.limit]
-    training, held = split_by_prompt(pairs, spec.holdout)
-    if not training:
-        raise DataError(f"{spec.path}: no pair is left for training", hint="lower data.holdout or raise data.limit")
-    share = 0.5 if spec.shuffle_labels else spec.flip_labels
-    training = shuffled_labels(training, seed, share) if share else training
-    return tuple([flipped(p) if spec.swap_labels else p for p in some] for some in (training, held))  # type: ignore[return-value]
-
-
-def build_examples(config: TrainConfig, given: Sequence[Pair] | None = None) -> tuple[list[Example], list[Example]]:
-    """(training, held out) examples of the kind that the objective is about.
-
-    Raises:
-        DataError: the data lacks what the objective reads; names the column.
-    """
-    from diffalign.data.examples import balanced, labels_of, of_pair, read_groups, read_labels
-    from diffalign.data.pairs import split_by_prompt
-    from diffalign.shapes.assets import ASSETS
-
-    spec, total = config.data, config.total
-    source = str(resolve(spec.path)) if spec.path in ASSETS else spec.path
-    match total.data:
-        case "pairs":
-            training, held = ([of_pair(p) for p in some] for some in build_pairs(spec, config.train.seed, given))
-        case "labels":
-            found = labels_of(given) if given is not None else read_labels(source, spec.limit)
-            training, held = split_by_prompt(found, spec.holdout)
-        case "groups":
-            if given is not None:
-                raise ConfigError("data: groups cannot be given as rows in memory", hint="give a table or a dataset folder")
-            training, held = split_by_prompt(read_groups(source, spec.group_size, spec.limit), spec.holdout)
-    if not training:
-        raise DataError(f"{spec.path}: no example is left for training", hint="lower data.holdout or raise data.limit")
-    reads_scores = "scores" in total.needs or spec.standardize_scores or spec.p_win_scale or spec.curriculum
-    if reads_scores and any(x.scores is None for x in (*training, *held)):
-        raise DataError(
-            f"{spec.path}: some examples have no scores",
-            hint="a table needs chosen_score and rejected_score, a dataset folder one margin per pair",
-        )
-    if config.coupling.captions == "own" and all(x.prompts[0] == x.prompts[1] for x in training):
-        raise DataError(
-            f"{spec.path}: coupling.captions is own, but no loser has a caption of its own", hint="add rejected_prompt"
-        )
-    training, held = scored(training, training, spec), scored(held, training, spec)
-    return (balanced(training, spec.positive_share) if spec.positive_share else training), held
-
-
-def scored(examples: Sequence[Example], of: Sequence[Example], spec: DataSpec) -> list[Example]:
-    """Scores in units of their spread over ``of``, and soft labels from them, as far as the settings ask."""
-    from dataclasses import replace
-
-    import numpy as np
-
-    out = list(examples)
-    if spec.standardize_scores:
-        spread = float(np.std([x.scores or () for x in of])) or 1.0
-        out = [replace(x, scores=tuple(s / spread for s in x.scores or ())) for x in out]
-    if spec.p_win_scale is not None:
-        gaps = np.array([x.scores[0] - x.scores[1] if x.scores else 0.0 for x in out])
-        likely = 1 / (1 + np.exp(-spec.p_win_scale * gaps))
-        out = [replace(x, p_win=float(p)) for x, p in zip(out, likely, strict=True)]
-    return out
 
 
 def environment() -> dict[str, Any]:
@@ -378,6 +246,9 @@ class Run:
 def resume_point(config: TrainConfig) -> Path | None:
     """The checkpoint to go on from; refuses a folder that already holds a run."""
     folder, wanted = Path(config.output_dir), config.resume_from
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError(f"output_dir: nothing can be written to {folder}: {there} is read-only or no folder")
     found = checkpoints(folder)
     if wanted in ("latest", "auto"):
         if not found and wanted == "latest":
@@ -386,6 +257,11 @@ def resume_point(config: TrainConfig) -> Path | None:
     if wanted is not None:
         if not (Path(wanted) / "state.json").exists():
             raise ConfigError(f"resume_from: {wanted} is not a checkpoint")
+        if found and found[-1].resolve() != Path(wanted).resolve():  # later ones would be taken for this run's
+            raise ConfigError(
+                f"resume_from: {folder} holds {found[-1].name}, not {wanted}, as its last",
+                hint="choose another output_dir, or delete the later checkpoints",
+            )
         return Path(wanted)
     if found or (folder / "metrics.jsonl").exists():
         raise ConfigError(
@@ -414,8 +290,6 @@ def train(config: TrainConfig, pairs: Sequence[Pair] | None = None) -> Run:
     accelerator = make_accelerator(s.mixed_precision, s.report_to, folder)
     main = accelerator.is_main_process
     resolved = dump(config)
-    if main:
-        write_text(folder / "config.resolved.yaml", resolved)
     set_seed(s.seed)
     make_optimizer([torch.nn.Parameter(torch.zeros(1))], s)  # if it cannot be had, say so now
     model = build_model(config.model).stage("pictures", accelerator.device)
@@ -424,8 +298,6 @@ def train(config: TrainConfig, pairs: Sequence[Pair] | None = None) -> Run:
     if config.evaluate.enabled:
         asked = asked_of(config.evaluate, model)  # what is wrong with them shows before the training, not after it
         training = apart(training, [p.text for p in asked], config.data.evaluation_prompts)
-    if main:
-        write_json(folder / "env.json", environment() | {"licences": licences(config)})
     size = (config.data.resolution,) * 2 if config.data.resolution else model.resolution
     shared: dict[str, Any] = {"size": size, "batch_size": s.per_device_train_batch_size, "seed": s.seed}
     shared["granularity"] = model.granularity if config.data.buckets else None
@@ -453,6 +325,9 @@ def train(config: TrainConfig, pairs: Sequence[Pair] | None = None) -> Run:
     state = TrainState(model, accelerator, s, config.reference)
     if checkpoint is not None:
         state.load(checkpoint)
+    if main:  # nothing was wrong: from here on the folder holds a run
+        write_text(folder / "config.resolved.yaml", resolved)
+        write_json(folder / "env.json", environment() | {"licences": licences(config)})
     tracker = Tracker(folder, accelerator, s.max_steps, s.report_to, config.model_dump(mode="json"))
 
     def heldout() -> dict[str, float]:
@@ -486,7 +361,7 @@ def train(config: TrainConfig, pairs: Sequence[Pair] | None = None) -> Run:
         model.stage("sample")
     if main:
         with unwrapped(state), final_weights(model, state.final_weights):
-            model.export(folder, about=about(config))
+            atomic_folder(folder, lambda to: model.export(to, about=about(config)))
             if config.evaluate.enabled:
                 metrics |= measure(model, config.evaluate, scorers, folder)
         write_json(folder / "metrics.json", metrics)
@@ -519,11 +394,19 @@ def asked_of(spec: EvaluateSpec, model: Model) -> list[Prompt]:
     """The prompts of an evaluation.
 
     Raises:
-        ConfigError: some are negative, and the model does not take them.
+        ConfigError: some are negative, and the model does not take them; or they are not what the exact judge can read.
     """
     prompts = prompts_of(spec.prompts, spec.num_prompts, spec.seed, spec.split_salt, spec.negative_prompt)
     if spec.sampling.guidance_scale > 1 and not model.takes_negative and any(p.negative for p in prompts):
         raise ConfigError(f"evaluate: {model.path} takes no negative prompts", hint="its guidance is distilled; drop them")
+    if "shapes" in spec.scorers:
+        from diffalign.shapes.scene import parse_caption
+
+        for prompt in prompts:
+            try:
+                parse_caption(prompt.text)
+            except DataError as e:
+                raise ConfigError(f"evaluate.scorers: shapes: {e.message}", hint="see diffalign list scorers") from e
     return prompts
 
 
@@ -575,7 +458,7 @@ def write_samples(folder: Path, base: Evaluation, aligned: Evaluation, limit: in
         row: dict[str, Any] = {"prompt": prompt}
         for name, e in (("base", base), ("aligned", aligned)):
             file = f"{i:03d}-{name}.png"
-            to_pil(e.images[i, :1])[0].save(folder / file)
+            atomic(folder / file, partial(to_pil(e.images[i, :1])[0].save, format="PNG"))
             row[name] = {
                 "file": file,
                 "values": {k: round(v[i, 0].item(), 4) for k, v in e.values.items() if v[i, 0].isfinite()},
@@ -648,7 +531,7 @@ def export_run(run: Path, format: Format, output: Path | None = None, dtype: str
         return out
     model = build_model(config.model.model_copy(update={"quantization": "none", "attention": None}))
     model.restore(run)
-    model.export(out, format, about(config))
+    atomic_folder(out, lambda to: model.export(to, format, about(config)))
     return out
 
 

@@ -14,6 +14,7 @@ from diffalign.errors import DataError
 from diffalign.hub import is_hub_id
 from diffalign.models import Format
 from diffalign.models.lora import KOHYA_FILE
+from diffalign.scoring import ShapesScorer
 from diffalign.train.tracking import read_metrics
 
 CURVES: list[tuple[str, str, dict[str, str]]] = [
@@ -136,7 +137,7 @@ def _win_matrix(folder: Path) -> list[dict[str, Any]]:
 
 
 def _samples(folder: Path, limit: int = 24) -> list[dict[str, Any]]:
-    """Prompts with both images inlined; the ones that changed most come first, whichever way."""
+    """The first prompts of the evaluation with both images inlined, and the kinds of facts that do not hold in each."""
     path = folder / "samples" / "samples.json"
     if not path.is_file():
         return []
@@ -147,6 +148,7 @@ def _samples(folder: Path, limit: int = 24) -> list[dict[str, Any]]:
             row[side]["uri"] = "data:image/png;base64," + base64.b64encode(data).decode()
             values = row[side]["values"]
             row[side]["ok"] = values.get("exact") == 1.0
+            row[side]["wrong"] = ", ".join(k for k in ShapesScorer.kinds if values.get(k, 1.0) < 1)
             row[side]["caption"] = ", ".join(f"{k} {v:g}" for k, v in values.items())
     return rows
 

@@ -11,7 +11,7 @@ hash="$(cat pyproject.toml constraints.txt | "$python" -c 'import hashlib, sys; 
 installed="$(cat .venv/diffalign-installed 2>/dev/null || true)"
 if { [ "$installed" != "$1 $hash" ] && [ "$installed" != "[dev] $hash" ]; } || ! .venv/bin/python -c '' 2>/dev/null; then
   echo "Installing into .venv (once, a few minutes) ..." >&2
-  [ -x .venv/bin/python ] || "$python" -m venv .venv
+  .venv/bin/python -m pip --version > /dev/null 2>&1 || "$python" -m venv --clear .venv  # none, or half of one
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$1"
   echo "$1 $hash" > .venv/diffalign-installed

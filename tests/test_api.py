@@ -82,6 +82,12 @@ def test_a_config_of_another_trainer_is_refused(tiny: Path, pairs_csv: Path, tmp
         DPOTrainer(model=tiny, args=SFTConfig(output_dir=str(tmp_path)), train_dataset=pairs_csv)
 
 
+def test_settings_that_contradict_each_other_are_named(tiny: Path, pairs_csv: Path, tmp_path: Path) -> None:
+    args = DPOConfig(output_dir=str(tmp_path), early_stopping_patience=2, eval_steps=0)
+    with pytest.raises(ConfigError, match=r"args: 1 mistake\n.*train\.early_stopping_patience needs train\.eval_steps"):
+        DPOTrainer(model=tiny, args=args, train_dataset=pairs_csv)
+
+
 def test_a_row_without_a_loser_is_named(tiny: Path, tmp_path: Path) -> None:
     row = {"prompt": "a red circle on a grey background", "chosen": Image.new("RGB", (32, 32)), "rejected": None}
     with pytest.raises(DataError, match="train_dataset, row 1: rejected is empty"):

@@ -11,10 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from diffalign.data import images
 from diffalign.data.cache import TensorCache
-from diffalign.data.files import write_json, write_text
+from diffalign.data.files import atomic, atomic_folder, write_json, write_text
 from diffalign.data.pairs import apart, read_pairs, shuffled_labels, split_by_prompt
 from diffalign.data.prompts import Prompt, read_prompts
 from diffalign.data.tables import read_table, run_shards, schemas, write_shard
@@ -273,8 +274,6 @@ def test_a_read_only_place_is_one_clear_error(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
 def test_a_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path: Path) -> None:
-    from diffalign.data.files import atomic
-
     def fill(path: Path) -> None:
         path.write_text("begun")
         with Path("/dev/full").open("w") as f:
@@ -283,3 +282,35 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path: Path) -> No
     with pytest.raises(DiffalignError, match=r"cannot write .*No space left"):
         atomic(tmp_path / "x", fill)
     assert not list(tmp_path.iterdir())
+
+
+def full_in_safetensors(path: Path) -> None:
+    path.write_text("begun")
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")  # its own words
+
+
+def test_a_disk_that_is_full_for_safetensors_is_the_same_error(tmp_path: Path) -> None:
+    with pytest.raises(DiffalignError, match=r"cannot write .*No space left"):
+        atomic(tmp_path / "x", full_in_safetensors)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    def fill(to: Path, text: str) -> None:
+        (to / "unet").mkdir()
+        (to / "unet" / text).write_text(text)
+        (to / "index").write_text(text)
+
+    def fail(to: Path) -> None:
+        fill(to, "new")
+        full_in_safetensors(to / "weights")
+
+    atomic_folder(tmp_path, lambda to: fill(to, "old"))
+    (tmp_path / "beside").write_text("not part of it")
+    with pytest.raises(DiffalignError, match=r"cannot write .*No space left"):
+        atomic_folder(tmp_path, fail)
+    assert (tmp_path / "index").read_text() == "old"
+    assert [p.name for p in (tmp_path / "unet").iterdir()] == ["old"]
+    atomic_folder(tmp_path, lambda to: fill(to, "new"))
+    assert [p.name for p in (tmp_path / "unet").iterdir()] == ["new"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["beside", "index", "unet"]

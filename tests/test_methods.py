@@ -494,3 +494,45 @@ def test_groups_share_their_noise_and_start_at_the_reference(feed: Any, model: A
     assert isinstance(terms, GroupTerms)
     assert torch.equal(terms.error, terms.ref)
     assert terms.scores.tolist() == [pytest.approx([0.9, 0.5, 0.1])] * 4
+
+
+# --- guided away -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_an_adapter_is_on_for_the_unconditional_half_alone(name: str, load: Any, stock: Any, tmp_path: Path) -> None:
+    """The documented lines: what guidance combines, against two calls of the network; without an adapter, nothing changes."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from side_by_side import disturb
+
+    from diffalign.models.guidance import guide_away
+
+    trained = load(name)
+    disturb(trained)
+    trained.export(tmp_path)
+    pipe = stock(name)
+    pipe.load_lora_weights(tmp_path)
+    net, seen = pipe.unet, []
+    plain = net.forward
+
+    def spied(*args: Any, **kwargs: Any) -> Any:
+        out = plain(*args, **kwargs)
+        on = not next(m for m in net.modules() if isinstance(m, BaseTunerLayer)).disable_adapters
+        seen.append((args, kwargs, out[0], on))
+        return out
+
+    net.forward = spied
+    call = {"prompt": "a red circle", "num_inference_steps": 1, "guidance_scale": 3.0, "output_type": "latent"}
+    both = {**call, "generator": torch.Generator().manual_seed(0)}
+    guide_away(pipe)(**both)
+    assert [on for *_, on in seen] == [True, False]
+    assert all(len(args[0]) == 1 for args, *_ in seen)
+    net.enable_lora()
+    (args, kwargs, away, _), (args_c, kwargs_c, there, _) = seen
+    with torch.no_grad():
+        torch.testing.assert_close(plain(*args, **kwargs)[0], away)
+        assert not torch.allclose(plain(*args_c, **kwargs_c)[0], there)
+        net.disable_lora()
+        torch.testing.assert_close(plain(*args_c, **kwargs_c)[0], there)
+    with pytest.raises(ValueError, match="needs guidance"):
+        pipe(**{**both, "guidance_scale": 1.0})

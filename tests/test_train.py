@@ -333,6 +333,16 @@ def test_a_second_run_in_the_same_folder_is_refused(overrides: list[str]) -> Non
     run(overrides, "evaluate.enabled=false", "resume_from=auto", "train.max_steps=3")
 
 
+def test_going_back_to_an_older_checkpoint_takes_another_folder(overrides: list[str], tmp_path: Path) -> None:
+    folder = run(overrides, "evaluate.enabled=false", "train.save_steps=1").folder
+    first = f"resume_from={folder}/checkpoint-1"
+    with pytest.raises(ConfigError, match=r"holds checkpoint-2, not .*checkpoint-1, as its last.*another output_dir"):
+        run(overrides, "evaluate.enabled=false", first)
+    again = run(overrides, "evaluate.enabled=false", first, f"output_dir={tmp_path / 'again'}")
+    a, b = weights(folder), weights(again.folder)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
 def test_resuming_from_nothing_is_refused(overrides: list[str]) -> None:
     with pytest.raises(ConfigError, match="holds no checkpoint"):
         run(overrides, "resume_from=latest")
@@ -368,18 +378,51 @@ def test_a_corrupt_image_stops_before_anything_is_trained(overrides: list[str], 
         run(overrides, f"data.path={tmp_path / 'p.csv'}", "data.holdout=0")
 
 
-def test_a_failed_save_keeps_the_older_checkpoints(
-    overrides: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("wrong", "error", "part"),
+    [
+        ("data.path={0}/gone.csv", DataError, "gone.csv, row 1, chosen: cannot read .*none.png: no such file"),
+        ("data.path={0}/loserless.csv", DataError, "loserless.csv, row 1: rejected is empty"),
+        ("model.path={0}", ModelError, "not a model in the diffusers layout"),
+        ("evaluate.prompts={0}/dogs.txt", ConfigError, "evaluate.scorers: shapes: not a caption .*'a dog'"),
+        ("output_dir={0}/dogs.txt", ConfigError, "output_dir: nothing can be written to .*dogs.txt"),
+    ],
+)
+def test_wrong_input_stops_before_anything_is_written(
+    overrides: list[str], tmp_path: Path, wrong: str, error: type[Exception], part: str
 ) -> None:
+    head = "prompt,chosen,rejected\na red circle on a grey background,none.png,"
+    (tmp_path / "gone.csv").write_text(head + "none.png\n")
+    (tmp_path / "loserless.csv").write_text(head + "\n")
+    (tmp_path / "dogs.txt").write_text("a dog\n")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(error, match=part):
+        run(overrides, "data.holdout=0", wrong.format(tmp_path))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_failed_resume_leaves_the_run_as_it_was(overrides: list[str]) -> None:
+    folder = run(overrides, "evaluate.enabled=false").folder
+    before = (folder / "config.resolved.yaml").read_bytes()
+    with pytest.raises(ModelError, match="cannot resume"):
+        run(overrides, "evaluate.enabled=false", "model.lora.rank=2", "resume_from=latest", "train.max_steps=3")
+    assert (folder / "config.resolved.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize("writer", ["torch.save", "safetensors.torch.save_file"])
+def test_a_failed_save_keeps_the_older_checkpoints(
+    overrides: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, writer: str
+) -> None:
+    from safetensors import SafetensorError
+
     result = run(overrides, "evaluate.enabled=false")
-    real = torch.save
 
     def full(obj: object, f: object, *args: object, **kwargs: object) -> None:
-        if "optimizer" in str(f):
+        if writer == "torch.save":
             raise OSError(28, "No space left on device")
-        real(obj, f, *args, **kwargs)
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")  # its own words
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(writer, full)
     with pytest.raises(DiffalignError, match=r"cannot write .*No space left"):
         run(overrides, "evaluate.enabled=false", "resume_from=latest", "train.max_steps=3")
     assert sorted(p.name for p in result.folder.iterdir() if "checkpoint" in p.name) == ["checkpoint-2"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,15 @@ def read_labels(source: str, limit: int | None = None) -> list[Example]:
         DataError: a missing column or a label that is neither; names the row.
     """
     path = Path(source)
-    if path.is_file() and (rows := list(table_rows(path))) and "label" in rows[0]:
-        return [_label(row, path, f"{source}, row {n}") for n, row in enumerate(rows[:limit], 1)]
+    if _has(path, "label"):
+        rows = islice(table_rows(path), limit)
+        return [_label(row, path, f"{source}, row {n}") for n, row in enumerate(rows, 1)]
     return labels_of(read_pairs(source, limit))
+
+
+def _has(path: Path, column: str) -> bool:
+    """Whether it is a table with this column."""
+    return path.is_file() and column in next(table_rows(path), {})
 
 
 def _label(row: Mapping[str, Any], path: Path, where: str) -> Example:
@@ -89,8 +96,8 @@ def read_groups(source: str, size: int, limit: int | None = None) -> list[Exampl
     path = Path(source)
     if (path / "groups").is_dir():
         found: Iterable[Example] = _own_groups(path)
-    elif path.is_file() and (rows := list(table_rows(path))) and "images" in rows[0]:
-        found = (_group(row, path, f"{source}, row {n}") for n, row in enumerate(rows, 1))
+    elif _has(path, "images"):
+        found = (_group(row, path, f"{source}, row {n}") for n, row in enumerate(table_rows(path), 1))
     else:
         raise DataError(
             f"{source}: it holds no groups, which this objective ranks",

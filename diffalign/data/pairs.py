@@ -56,7 +56,11 @@ class Picture:
             case bytes() as data:
                 return data
             case Path() as path:
-                return path.read_bytes()
+                try:
+                    return path.read_bytes()
+                except OSError as e:
+                    why = "no such file" if isinstance(e, FileNotFoundError) else e.strerror
+                    raise DataError(f"{self.where}: cannot read {path}: {why}", hint="remove the row or mend the path") from e
             case Stored(album, name):
                 return album.read(name)
 

@@ -22,6 +22,11 @@ MOVING = "moving"
 class ReferencePolicy(Spec):
     """The ``reference`` section."""
 
+    @property
+    def copies(self) -> int:
+        """How many copies of the trained weights it holds at most."""
+        return 1
+
     def begin(self, weights: Weights) -> None:
         """Before the first step, or before a checkpoint is read."""
         weights.take(MOVING)
@@ -39,6 +44,10 @@ class Base(ReferencePolicy):
     """The model before training: the adapter off, or a frozen copy where all weights are trained."""
 
     type: Literal["base"] = "base"
+
+    @property
+    def copies(self) -> int:
+        return 0
 
     def begin(self, weights: Weights) -> None:
         return
@@ -93,6 +102,10 @@ class Past(ReferencePolicy):
     every: int = Field(default=30, ge=1)
     keep: int = Field(default=8, ge=1)
     """The oldest are forgotten beyond this many."""
+
+    @property
+    def copies(self) -> int:
+        return self.keep + 1  # for a moment, as the next one is taken
 
     def begin(self, weights: Weights) -> None:
         weights.take("past-0")

@@ -186,6 +186,7 @@ class TrainState:
 
     def save(self, folder: Path, config: str) -> Path:
         """Write ``checkpoint-N`` atomically and drop the oldest. Every process calls this."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         final = folder / f"checkpoint-{self.step}"
@@ -215,7 +216,7 @@ class TrainState:
                 tmp.replace(final)
                 for old in checkpoints(folder)[: -self.settings.save_total_limit]:
                     shutil.rmtree(old)
-        except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
+        except (OSError, RuntimeError, SafetensorError, DiffalignError) as e:  # a full disk, in the words of each writer
             shutil.rmtree(tmp, ignore_errors=True)
             raise DiffalignError(f"cannot write {final}: {e}", hint="free some space; older checkpoints are untouched") from e
         acc.wait_for_everyone()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffalign.data.files import write_text
 from diffalign.errors import ConfigError
 
 
@@ -41,7 +42,7 @@ class Tracker:
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in lines if _step_of(line) <= step]
         if len(kept) != len(lines):
-            self.path.write_text("".join(line + "\n" for line in kept))
+            write_text(self.path, "".join(line + "\n" for line in kept))
         self.bar = tqdm(total=self.total, initial=step, desc="train", unit="step", dynamic_ncols=True)
 
     def add(self, metrics: Mapping[str, Tensor], images: int) -> None:

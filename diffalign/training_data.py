@@ -1,0 +1,156 @@
+"""What a run is trained on: the ``data`` section, the examples that it names, and which settings contradict each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from diffalign.errors import ConfigError, DataError
+from diffalign.hub import resolve
+from diffalign.spec import Spec
+from diffalign.train.feeds import Curriculum
+from diffalign.train.references import Base
+
+if TYPE_CHECKING:
+    from diffalign.data.examples import Example
+    from diffalign.data.pairs import Pair
+    from diffalign.recipes import TrainConfig
+
+
+class DataSpec(Spec):
+    """The ``data`` section."""
+
+    path: str = "shapes-pairs"
+    """A dataset folder, a table with prompt, chosen and rejected, a hub dataset id, or ``shapes-pairs``."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only the first pairs."""
+    holdout: float = Field(default=0.1, ge=0, lt=1)
+    """Share of prompts kept out of training, for held-out loss and accuracy."""
+    resolution: int | None = Field(default=None, ge=8)
+    """Side in pixels; the model's own if not given."""
+    buckets: bool = False
+    """Cut each pair to the size of about that area that its winner's shape is nearest to, instead of to a square."""
+    shuffle_labels: bool = False
+    """Exchange winner and loser by a coin: the control that a method must beat."""
+    evaluation_prompts: Literal["refuse", "drop", "keep"] = "refuse"
+    """Training pairs whose prompt is evaluated on as well, whatever its case, punctuation and spaces."""
+    swap_labels: bool = False
+    """Train on the opposite preference, for a model to be guided away from (Diffusion-NPO)."""
+    flip_labels: float = Field(default=0.0, ge=0, lt=0.5)
+    """Share of training pairs whose label is exchanged: noise that robust losses are made for."""
+    p_win_scale: float | None = Field(default=None, gt=0)
+    """Soft labels from scores: p_win = sigmoid(p_win_scale (R_w - R_l))."""
+    standardize_scores: bool = False
+    """Divide scores by the standard deviation of all training scores."""
+    curriculum: Curriculum | None = None
+    """Bring pairs in by their gap in score, the clearest first."""
+    positive_share: float | None = Field(default=None, gt=0, lt=1)
+    """Of labels: weigh them so that good images carry this share."""
+    group_size: int = Field(default=4, ge=2)
+    """Images per group, for losses on groups."""
+
+
+def consistent(c: TrainConfig) -> None:
+    """Refuse what contradicts itself between objective, data, coupling and reference, with the remedy."""
+    total, data, noise = c.total, c.data, c.coupling.noise
+    names = " + ".join(str(getattr(o, "type", type(o).__name__)) for o in total.parts)
+    pairs_only = {
+        "data.shuffle_labels": data.shuffle_labels,
+        "data.swap_labels": data.swap_labels,
+        "data.flip_labels": data.flip_labels > 0,
+        "data.p_win_scale": data.p_win_scale is not None,
+        "data.curriculum": data.curriculum is not None,
+        "train.protect_winner": c.train.protect_winner is not None,
+        "coupling.captions: own": c.coupling.captions == "own",
+    }
+    wrong = [key for key, is_set in pairs_only.items() if is_set and total.data != "pairs"]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is about pairs, but {names} is about {total.data}: drop it")
+    if total.data == "labels" and noise == "shared":
+        raise ValueError(f"coupling.noise is shared, but {names} sees single images, each with its own noise: drop it")
+    if data.positive_share is not None and total.data != "labels":
+        raise ValueError(f"data.positive_share is about labels, but {names} is about {total.data}: drop it")
+    if not isinstance(c.reference, Base) and "reference" not in total.needs:
+        raise ValueError(f"reference is set, but {names} does without one: drop it")
+    if c.train.protect_winner is not None and noise not in (None, "shared"):
+        raise ValueError(f"train.protect_winner compares residuals at the same noise, but coupling.noise is {noise}: drop one")
+    if data.curriculum is not None and data.buckets:
+        raise ValueError("data.curriculum orders pairs, and so does data.buckets: drop one")
+    if data.shuffle_labels and data.flip_labels:
+        raise ValueError("data.shuffle_labels and data.flip_labels both exchange labels: drop one")
+
+
+def source_of(spec: DataSpec) -> str:
+    """Where the data is; what is shipped is a folder of the package."""
+    from diffalign.shapes.assets import ASSETS
+
+    return str(resolve(spec.path)) if spec.path in ASSETS else spec.path
+
+
+def build_pairs(spec: DataSpec, seed: int, given: Sequence[Pair] | None = None) -> tuple[list[Pair], list[Pair]]:
+    """(training pairs, held-out pairs), of ``given`` ones or of those at ``spec.path``."""
+    from diffalign.data.pairs import flipped, read_pairs, shuffled_labels, split_by_prompt
+
+    pairs = read_pairs(source_of(spec), spec.limit) if given is None else list(given)[: spec.limit]
+    training, held = split_by_prompt(pairs, spec.holdout)
+    if not training:
+        raise DataError(f"{spec.path}: no pair is left for training", hint="lower data.holdout or raise data.limit")
+    share = 0.5 if spec.shuffle_labels else spec.flip_labels
+    training = shuffled_labels(training, seed, share) if share else training
+    return tuple([flipped(p) if spec.swap_labels else p for p in some] for some in (training, held))  # type: ignore[return-value]
+
+
+def build_examples(config: TrainConfig, given: Sequence[Pair] | None = None) -> tuple[list[Example], list[Example]]:
+    """(training, held out) examples of the kind that the objective is about.
+
+    Raises:
+        DataError: the data lacks what the objective reads; names the column.
+    """
+    from diffalign.data.examples import balanced, labels_of, of_pair, read_groups, read_labels
+    from diffalign.data.pairs import split_by_prompt
+
+    spec, total = config.data, config.total
+    source = source_of(spec)
+    match total.data:
+        case "pairs":
+            training, held = ([of_pair(p) for p in some] for some in build_pairs(spec, config.train.seed, given))
+        case "labels":
+            found = labels_of(given) if given is not None else read_labels(source, spec.limit)
+            training, held = split_by_prompt(found, spec.holdout)
+        case "groups":
+            if given is not None:
+                raise ConfigError("data: groups cannot be given as rows in memory", hint="give a table or a dataset folder")
+            training, held = split_by_prompt(read_groups(source, spec.group_size, spec.limit), spec.holdout)
+    if not training:
+        raise DataError(f"{spec.path}: no example is left for training", hint="lower data.holdout or raise data.limit")
+    reads_scores = "scores" in total.needs or spec.standardize_scores or spec.p_win_scale or spec.curriculum
+    if reads_scores and any(x.scores is None for x in (*training, *held)):
+        raise DataError(
+            f"{spec.path}: some examples have no scores",
+            hint="a table needs chosen_score and rejected_score, a dataset folder one margin per pair",
+        )
+    if config.coupling.captions == "own" and all(x.prompts[0] == x.prompts[1] for x in training):
+        raise DataError(
+            f"{spec.path}: coupling.captions is own, but no loser has a caption of its own", hint="add rejected_prompt"
+        )
+    training, held = scored(training, training, spec), scored(held, training, spec)
+    return (balanced(training, spec.positive_share) if spec.positive_share else training), held
+
+
+def scored(examples: Sequence[Example], of: Sequence[Example], spec: DataSpec) -> list[Example]:
+    """Scores in units of their spread over ``of``, and soft labels from them, as far as the settings ask."""
+    from dataclasses import replace
+
+    import numpy as np
+
+    out = list(examples)
+    if spec.standardize_scores:
+        spread = float(np.std([x.scores or () for x in of])) or 1.0
+        out = [replace(x, scores=tuple(s / spread for s in x.scores or ())) for x in out]
+    if spec.p_win_scale is not None:
+        gaps = np.array([x.scores[0] - x.scores[1] if x.scores else 0.0 for x in out])
+        likely = 1 / (1 + np.exp(-spec.p_win_scale * gaps))
+        out = [replace(x, p_win=float(p)) for x, p in zip(out, likely, strict=True)]
+    return out
