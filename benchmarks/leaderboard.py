@@ -96,11 +96,8 @@ ROWS: dict[str, Row] = {
     "dpo-guided": Row("Diffusion-DPO, LoRA, on the same guided pairs", pairs=GUIDED),
     "dpo-rounds-at-4": Row("the weights of dpo-rounds, sampled at guidance 4", sampled_again=("dpo-rounds", 4.0)),
 }  # fmt: skip
-DIT_ROWS = {
-    "dpo-lora": ROWS["dpo-lora"],
+DIT_ROWS = {name: ROWS[name] for name in ("dpo-lora", "dpo-shuffled", "mapo-lora")} | {
     "sft-winners": Row("SFT on the winners (control)", ("objective.type=sft",)),
-    "dpo-shuffled": ROWS["dpo-shuffled"],
-    "mapo-lora": ROWS["mapo-lora"],
 }
 CONTROLS = {
     "base": "the base",
@@ -390,10 +387,8 @@ def write_tables() -> str:
     for world in WORLDS.values():
         if (world.results / "base.json").exists():
             rows = world.controls | {k: r.what for k, r in world.rows.items()}
-            parts += [
-                f"## {world.what}",
-                table(world.results, rows, {k: (None,) if k in world.controls else SEEDS for k in rows}),
-            ]
+            seeds = dict.fromkeys(world.controls, (None,)) | dict.fromkeys(world.rows, SEEDS)
+            parts += [f"## {world.what}", table(world.results, rows, seeds)]
     text = "\n\n".join(parts)
     (ROOT / "docs" / "leaderboard.md").write_text(text + "\n")
     return text

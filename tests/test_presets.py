@@ -91,10 +91,11 @@ def test_presets_say_where_they_come_from() -> None:
 
 def test_the_rows_of_the_leaderboard_are_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    from leaderboard import CONFIG, ROWS
+    from leaderboard import WORLDS
 
-    for row in ROWS.values():
-        load(TrainConfig, CONFIG, [*row.overrides, "output_dir=x"])
+    for world in WORLDS.values():
+        for row in world.rows.values():
+            load(TrainConfig, world.config, [*row.overrides, "output_dir=x"])
 
 
 def test_the_verified_core_is_there() -> None:
