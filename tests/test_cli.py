@@ -28,12 +28,13 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def test_help_answers_at_once() -> None:
-    """The best of five, since other work on the machine may slow any one."""
+    """The least work of five, in seconds of processor time: other work on the machine slows the clock."""
     times = []
     for _ in range(5):
-        began = time.perf_counter()
+        before = os.times()
         done = subprocess.run([*EXE, "--help"], capture_output=True, text=True, env=environment(), check=True)
-        times.append(time.perf_counter() - began)
+        after = os.times()
+        times.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert "train" in done.stdout
     assert min(times) < 0.5
     code = (
@@ -222,7 +223,8 @@ def test_two_processes_equal_one(overrides: list[str], tmp_path: Path, texts: st
     for name in ("one", "two"):
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         losses.append([x["loss"] for x in lines if "loss" in x])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    # kappa beta is 1000 here: the last bit of an error near 1, 1e-7, is 1e-4 of a margin
+    assert losses[0] == pytest.approx(losses[1], abs=2e-4)
     a, b = (load_file(tmp_path / n / "pytorch_lora_weights.safetensors") for n in ("one", "two"))
     for k in a:
         torch.testing.assert_close(a[k], b[k], rtol=1e-3, atol=2e-5)
