@@ -18,9 +18,12 @@ COUNT, PER_SHEET, COLUMNS, SCALE = 200, 40, 8, 5
 
 
 def main() -> None:
+    from diffalign.building import build_model
+    from diffalign.catalogue import shipped_configs
     from diffalign.data.images import to_pil
+    from diffalign.evaluation import prompts_of
     from diffalign.models import ModelSpec
-    from diffalign.recipes import TrainConfig, build_model, load, prompts_of, shipped_configs
+    from diffalign.recipes import TrainConfig, load
     from diffalign.sampling import generate
     from diffalign.shapes import judge
     from diffalign.shapes.second import second_judge

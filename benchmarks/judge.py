@@ -70,8 +70,11 @@ def main() -> None:
 
 
 def from_base(count: int) -> tuple[np.ndarray, list[str]]:
+    from diffalign.building import build_model
+    from diffalign.catalogue import shipped_configs
+    from diffalign.evaluation import prompts_of
     from diffalign.models import ModelSpec
-    from diffalign.recipes import TrainConfig, build_model, prompts_of, shipped_configs
+    from diffalign.recipes import TrainConfig
     from diffalign.sampling import generate
     from diffalign.spec import load
 

@@ -39,7 +39,7 @@ class Row:
     what: str
     overrides: tuple[str, ...] = ()
     pairs: dict[str, Any] = field(default_factory=dict)
-    """Settings of :class:`diffalign.recipes.PairsConfig` for pairs of its own; the shipped ones if empty."""
+    """Settings of :class:`diffalign.own_pairs.PairsConfig` for pairs of its own; the shipped ones if empty."""
     rounds: int = 1
     """Rounds of training, each on fresh pairs from the round before."""
     scorers: tuple[str, ...] = ("shapes", "taste:size")
@@ -216,7 +216,7 @@ def final_folder(world: World, name: str, seed: int) -> Path:
 
 def pairs_for(world: World, row: Row, n: int, previous: Path | None) -> tuple[str, int]:
     """The pairs of a round, made where they are missing, and how many images that took."""
-    from diffalign.recipes import PairsConfig, make_pairs
+    from diffalign.own_pairs import PairsConfig, make_pairs
     from diffalign.spec import validate
 
     sys.path.insert(0, str(ROOT / "scripts"))
@@ -258,7 +258,9 @@ def measured(
 ) -> dict[str, Any]:
     """Per-prompt means of every value, of a run or of the base."""
     from diffalign import stats
-    from diffalign.recipes import EvaluateSpec, TrainConfig, build_model, prompts_of
+    from diffalign.building import build_model
+    from diffalign.evaluation import EvaluateSpec, prompts_of
+    from diffalign.recipes import TrainConfig
     from diffalign.scoring import make_scorers
     from diffalign.spec import load
     from diffalign.train.evaluate import evaluate
@@ -292,7 +294,9 @@ def control(world: World, name: str) -> dict[str, Any]:
     """The base with its ceiling, or the best of four of its samples by the learned reward."""
     import torch
 
-    from diffalign.recipes import TrainConfig, build_model, ceiling, prompts_of
+    from diffalign.building import build_model
+    from diffalign.evaluation import ceiling, prompts_of
+    from diffalign.recipes import TrainConfig
     from diffalign.scoring import make_scorers
     from diffalign.spec import load
     from diffalign.train.evaluate import Evaluation, evaluate, score_images

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
+from diffalign.building import ready_model
+from diffalign.evaluation import EvaluateSpec
 from diffalign.models import LoRA, ModelSpec
 from diffalign.objectives import SFT, MaPO, Objective, Sigmoid
-from diffalign.recipes import EvaluateSpec, Run, TrainConfig, evaluate_run, ready_model, train
+from diffalign.recipes import Run, TrainConfig, evaluate_run, train
 from diffalign.sampling import Sampler
 from diffalign.spec import validate
 from diffalign.timesteps import TIMESTEPS, TimestepPolicy, Uniform

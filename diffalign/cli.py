@@ -172,7 +172,7 @@ def export(run: Path, output: Path | None, format_: Any, dtype: str | None) -> N
     kohya      the adapter for ComfyUI and other programs
     merged     the whole pipeline, the adapter folded into its weights
     """
-    from diffalign.recipes import export_run
+    from diffalign.exporting import export_run
     from diffalign.report import write_card
 
     folder = export_run(run, format_, output, dtype)
@@ -189,7 +189,7 @@ def push(run: Path, repository: str, private: bool) -> None:
     Log in with `hf auth login` first.
     """
     from diffalign import hub
-    from diffalign.recipes import exported
+    from diffalign.exporting import exported
     from diffalign.report import write_card
 
     card = write_card(run, run, repository=repository)
@@ -252,8 +252,8 @@ def config_schema(kind: str) -> None:
 @click.option("--from", "source", default="shapes-dpo", help="Which shipped configuration to start from.")
 def config_new(path: Path, source: str) -> None:
     """Write a new configuration file to edit."""
+    from diffalign.catalogue import shipped_configs
     from diffalign.data.files import write_text
-    from diffalign.recipes import shipped_configs
 
     known = shipped_configs()
     if source not in known:
@@ -281,7 +281,7 @@ def config_diff(a: str, b: str, kind: str) -> None:
 @click.argument("what", type=click.Choice(["models", "objectives", "scorers", "presets", "rules", "formats"]))
 def list_(what: str) -> None:
     """Print what is built in."""
-    from diffalign.recipes import catalogue
+    from diffalign.catalogue import catalogue
 
     rows = catalogue(what)
     width = max((len(name) for name, _ in rows), default=0)
@@ -326,7 +326,7 @@ def verify(scorer: str, as_json: bool) -> None:
 @JSON
 def env(as_json: bool) -> None:
     """Print versions and devices, for bug reports."""
-    from diffalign.recipes import environment
+    from diffalign.building import environment
 
     found = environment()
     lines = [f"{k}: {v}" for k, v in {**{k: v for k, v in found.items() if k != "versions"}, **found["versions"]}.items()]

@@ -267,7 +267,7 @@ def measured_on_cuda(config: TrainConfig) -> int:
     """
     if not torch.cuda.is_available():
         raise ConfigError("--measure needs a CUDA device", hint="without it, the estimate needs none")
-    from diffalign.recipes import build_model
+    from diffalign.building import build_model
 
     spec, device = config.model, torch.device("cuda")
     if spec.path in KNOWN and not Path(spec.path).exists():

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from diffalign.building import environment, ready_model
 from diffalign.data.prompts import Prompt, normalised
 from diffalign.data.tables import read_notes, run_shards, shard_path, write_shard
 from diffalign.errors import ConfigError, DataError
+from diffalign.evaluation import excluded_prompts, prompts_of
 from diffalign.models import Model, ModelSpec
-from diffalign.recipes import environment, excluded_prompts, prompts_of, ready_model
 from diffalign.safety import Gate, Safety
 from diffalign.sampling import Item, Sampler, sample, unit
 from diffalign.scoring import make_scorers

@@ -454,7 +454,7 @@ PAIRS = {
 
 def build_pairs(work: Path) -> None:
     """The preference pairs of the main job: the base's own samples on train prompts, best against worst."""
-    from diffalign.recipes import PairsConfig, make_pairs
+    from diffalign.own_pairs import PairsConfig, make_pairs
     from diffalign.spec import validate
 
     make_pairs(validate(PairsConfig, {**PAIRS, "output_dir": str(ASSETS / "shapes-pairs")}))

@@ -97,7 +97,7 @@ def pack(work: Path, target: Path = ASSETS / "shapes-dit", checkpoint: str = "di
 
 def build_pairs(work: Path) -> None:
     """The model's own samples on train prompts, best against worst."""
-    from diffalign.recipes import PairsConfig, make_pairs
+    from diffalign.own_pairs import PairsConfig, make_pairs
     from diffalign.spec import validate
 
     settings = PAIRS | {"model": {"path": "shapes-dit"}, "output_dir": str(ASSETS / "shapes-dit-pairs")}

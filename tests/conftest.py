@@ -125,8 +125,8 @@ def load(folder_of: Callable[[str], Path]) -> Callable[..., Any]:
     import torch
     from side_by_side import RANK_2
 
+    from diffalign.building import build_model
     from diffalign.models import ModelSpec
-    from diffalign.recipes import build_model
 
     def get(name: str, **settings: Any) -> Any:
         torch.manual_seed(1)

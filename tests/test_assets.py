@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from diffalign.building import build_model
 from diffalign.data.images import to_uint8
 from diffalign.data.pairs import read_pairs
+from diffalign.evaluation import ceiling, prompts_of
 from diffalign.models import ModelSpec
-from diffalign.recipes import build_model, ceiling, prompts_of
 from diffalign.scoring import make_scorers
 from diffalign.shapes import asset, draw, judge, parse_caption, sample_scenes
 

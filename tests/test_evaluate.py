@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffalign.errors import DataError
-from diffalign.recipes import write_samples
+from diffalign.evaluation import write_samples
 from diffalign.scorers import ScoreBatch, ScoreInput
 from diffalign.scoring import ShapesScorer
 from diffalign.shapes import draw, parse_caption

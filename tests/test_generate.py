@@ -20,6 +20,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
+from diffalign.building import ready_model
 from diffalign.cli import main
 from diffalign.data.images import decode, to_tensor
 from diffalign.data.prompts import Prompt
@@ -27,7 +28,6 @@ from diffalign.data.tables import read_table
 from diffalign.errors import ConfigError, DataError
 from diffalign.generation import GenerateConfig, Generated, generate_dataset
 from diffalign.models import ModelSpec
-from diffalign.recipes import ready_model
 from diffalign.sampling import Item, Sampler, sample
 from diffalign.spec import validate
 from tests.conftest import build_tiny, picture

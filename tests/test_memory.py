@@ -20,6 +20,8 @@ from tiny_families import FAMILIES
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffalign.building import build_model
+from diffalign.catalogue import catalogue, shipped_configs
 from diffalign.cli import main
 from diffalign.data.buckets import bucket_sizes, nearest
 from diffalign.data.examples import of_pair
@@ -43,7 +45,7 @@ from diffalign.models import LoRA, ModelSpec, pipeline
 from diffalign.models.architectures import KNOWN, skeleton
 from diffalign.models.quantize import quantized_bytes
 from diffalign.objectives import pair_metrics
-from diffalign.recipes import TrainConfig, build_model, catalogue, shipped_configs, train
+from diffalign.recipes import TrainConfig, train
 from diffalign.sampling import Sampler, generate
 from diffalign.spec import load, validate, with_overrides
 from diffalign.timesteps import Uniform

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import picture
 
+from diffalign.building import build_model
 from diffalign.data.examples import Example, labels_of, of_pair, read_groups, read_labels, spread
 from diffalign.data.pairs import Pair, Picture, flipped, read_pairs, shuffled_labels
 from diffalign.errors import ConfigError, DataError
@@ -20,7 +21,7 @@ from diffalign.models import LoRA, ModelSpec
 from diffalign.objectives import OBJECTIVES, GroupTerms, PairTerms, Total
 from diffalign.objectives.safeguards import protected
 from diffalign.path import Coeffs, add_noise
-from diffalign.recipes import TrainConfig, build_model, train
+from diffalign.recipes import TrainConfig, train
 from diffalign.spec import validate, with_overrides
 from diffalign.timesteps import LogitNormal, Skewed, Steps, Uniform
 from diffalign.train.coupling import Coupling, first_noise, invert

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from diffalign.building import build_model
 from diffalign.data.images import to_uint8
 from diffalign.data.prompts import Prompt
 from diffalign.errors import ModelError
 from diffalign.hub import resolve
 from diffalign.models import LoRA, Model, ModelSpec, load_model
 from diffalign.path import denoise_error, split, target
-from diffalign.recipes import build_model
 from diffalign.sampling import Item, Sampler, generate, sample
 
 PROMPTS = ["a red circle on a grey background", "a blue square left of a pink cross, navy background"]

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from conftest import picture
 
-from diffalign.recipes import TrainConfig, shipped_configs, train
+from diffalign.catalogue import shipped_configs
+from diffalign.recipes import TrainConfig, train
 from diffalign.spec import load
 from diffalign.train.tracking import read_metrics
 

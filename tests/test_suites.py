@@ -17,7 +17,7 @@ from diffalign.cli import main
 from diffalign.data.scores import Scored, read_scored
 from diffalign.data.suites import SUITES, Suite, Task, read_suite
 from diffalign.errors import DataError
-from diffalign.recipes import prompts_of
+from diffalign.evaluation import prompts_of
 from diffalign.suites import open_suite, suite_lines, suite_report
 
 RED, BLUE = "a red circle on a grey background", "a blue cross on a white background"

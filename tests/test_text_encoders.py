@@ -14,9 +14,9 @@ from tiny_families import FAMILIES
 
 from diffalign.errors import ModelError
 from diffalign.estimate import blank_batch
+from diffalign.exporting import export_run
 from diffalign.models import LoRA
 from diffalign.models.lora import KOHYA_FILE
-from diffalign.recipes import export_run
 from diffalign.timesteps import Uniform
 from diffalign.train.terms import terms_of
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffalign.building import build_model, make_accelerator
 from diffalign.data.examples import of_pair
 from diffalign.data.pairs import read_pairs
 from diffalign.errors import ConfigError, DataError, DiffalignError, ModelError
 from diffalign.models import LoRA, ModelSpec
 from diffalign.objectives import MaPO, Objective, Sigmoid, Total, pair_metrics
-from diffalign.recipes import Run, TrainConfig, build_model, make_accelerator, train
+from diffalign.recipes import Run, TrainConfig, train
 from diffalign.spec import load_yaml, validate, with_overrides
 from diffalign.timesteps import LogitNormal, Uniform
 from diffalign.train.feeds import Offline

@@ -33,7 +33,7 @@ def test_an_installed_wheel_brings_its_assets(tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(site)
     assert (site / "diffalign" / "py.typed").exists()
     code = (
-        "import diffalign, json; from diffalign.recipes import build_model, shipped_configs\n"
+        "import diffalign, json; from diffalign.building import build_model; from diffalign.catalogue import shipped_configs\n"
         "from diffalign.training_data import DataSpec, build_pairs\n"
         "from diffalign.models import ModelSpec\n"
         "m = build_model(ModelSpec(path='shapes-unet')); a, b = build_pairs(DataSpec(limit=50), 0)\n"
