@@ -19,15 +19,18 @@ from diffalign.data.files import atomic_folder, write_json, write_text
 from diffalign.errors import ConfigError, DataError
 from diffalign.evaluation import EvaluateSpec, asked_of, measure, prompts_of
 from diffalign.hub import cache_dir, licence
-from diffalign.models import LoRA, Model, ModelSpec
+from diffalign.models import LoRA, Model, ModelSpec, Phase
 from diffalign.objectives import OBJECTIVES, Objective, Total, metrics_of
+from diffalign.online import check_ratio, online_feed
+from diffalign.online import consistent as online_consistent
 from diffalign.scoring import make_scorers
 from diffalign.spec import Spec, dump, load
 from diffalign.timesteps import TIMESTEPS, TimestepPolicy, Uniform
 from diffalign.train.coupling import Coupling
+from diffalign.train.online import Online, OnlineFeed
 from diffalign.train.references import MOVING, REFERENCES, Base, ReferencePolicy
 from diffalign.train.state import TrainSettings, TrainState, checkpoints, make_optimizer
-from diffalign.training_data import DataSpec, build_examples, consistent
+from diffalign.training_data import DataSpec, consistent, offline_feeds
 
 if TYPE_CHECKING:
     from diffalign.data.examples import Example
@@ -53,6 +56,8 @@ class TrainConfig(Spec):
     """What the pictures of a pair or group share."""
     reference: Annotated[ReferencePolicy, REFERENCES] = Base()
     """What the policy is compared with."""
+    online: Online | None = None
+    """Learn from the model's own samples, scored as they come, instead of from ``data``."""
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSpec = EvaluateSpec()
     output_dir: str
@@ -63,6 +68,7 @@ class TrainConfig(Spec):
     def _possible(self) -> Self:
         s = self.train
         consistent(self)
+        online_consistent(self)
         if s.metric_for_best.startswith("heldout/") and self.data.holdout == 0 and (s.early_stopping_patience or s.load_best):
             raise ValueError(f"train.metric_for_best is {s.metric_for_best}, but data.holdout is 0: set data.holdout above 0")
         if s.early_stopping_patience and not s.eval_steps:
@@ -143,9 +149,8 @@ def train(config: TrainConfig, pairs: Sequence[Pair] | None = None) -> Run:
     import torch
     from accelerate.utils import set_seed
 
-    from diffalign.data.pairs import apart
     from diffalign.train.evaluate import evaluate, heldout_pairs
-    from diffalign.train.feeds import Offline
+    from diffalign.train.feeds import Feed, Offline
     from diffalign.train.loop import fit
     from diffalign.train.tracking import Tracker
 
@@ -158,38 +163,29 @@ def train(config: TrainConfig, pairs: Sequence[Pair] | None = None) -> Run:
     set_seed(s.seed)
     make_optimizer([torch.nn.Parameter(torch.zeros(1))], s)  # if it cannot be had, say so now
     model = build_model(config.model).stage("pictures", accelerator.device)
-    training, held = build_examples(config, pairs)
     scorers = make_scorers(config.evaluate.scorers)
-    if config.evaluate.enabled:
-        asked = asked_of(config.evaluate, model)  # what is wrong with them shows before the training, not after it
-        training = apart(training, [p.text for p in asked], config.data.evaluation_prompts)
-    size = (config.data.resolution,) * 2 if config.data.resolution else model.resolution
-    shared: dict[str, Any] = {"size": size, "batch_size": s.per_device_train_batch_size, "seed": s.seed}
-    shared["granularity"] = model.granularity if config.data.buckets else None
-
-    shared |= {"data": objective.data, "coupling": config.coupling}
-
-    def feed_of(examples: Sequence[Example], **more: Any) -> Offline:
-        return Offline(model, examples, config.timesteps, cache_dir(), **shared, **more)
-
-    with accelerator.main_process_first():  # the first fills the cache, the others read it
-        feed = feed_of(
-            training,
-            accumulation=s.gradient_accumulation_steps,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            caption_dropout=s.caption_dropout,
-            curriculum=config.data.curriculum,
-        )
-        held_feed = feed_of(held) if held else None
-
-    cut = model.truncated({p for one in (feed, held_feed) if one is not None for p in one.prompts})
+    # what is wrong with the evaluation shows before the training, not after it
+    asked = asked_of(config.evaluate, model) if config.evaluate.enabled else []
+    feed: Feed
+    held_feed: Offline | None = None
+    training: Phase = "train" if config.online is None else "sample"
+    if config.online is None:
+        feed, held_feed = offline_feeds(config, model, accelerator, asked, pairs)
+        model.stage(training)  # all is cached
+        state = TrainState(model, accelerator, s, config.reference)
+        read = {p for one in (feed, held_feed) if one is not None for p in one.prompts}
+    else:
+        model.stage(training)
+        state = TrainState(model, accelerator, s, config.reference)
+        feed = online_feed(config, state, asked, lambda: unwrapped(state), lambda step, values: tracker.write(step, values))
+        read = {p.text for p in feed.prompts}
+    cut = model.truncated(read)
     if cut and main:
         log.warning("%d prompts are longer than the text encoder reads, and are cut", cut)
-    model.stage("train")  # all is cached
-    state = TrainState(model, accelerator, s, config.reference)
+    state.feed = feed
     if checkpoint is not None:
         state.load(checkpoint)
+    noise = check_ratio(config, feed, accelerator.autocast) if isinstance(feed, OnlineFeed) and objective.data == "steps" else {}
     if main:  # nothing was wrong: from here on the folder holds a run
         write_text(folder / "config.resolved.yaml", resolved)
         write_json(folder / "env.json", environment() | {"licences": licences(config)})
@@ -205,13 +201,14 @@ def train(config: TrainConfig, pairs: Sequence[Pair] | None = None) -> Run:
                 some = prompts_of("shapes:select", e.select_prompts, 0, e.split_salt, e.negative_prompt)
                 model.stage("sample")
                 result = evaluate(model, some, scorers, e.sampling, per_prompt=e.images_per_prompt, seed=e.seed)
-                model.stage("train")
+                model.stage(training)
                 values["select/score"] = result.score.mean().item()
         return values
 
     @torch.no_grad()
     def drift() -> float:
         """|error under the moving reference - error under the base|, the mean over one fixed batch of winners."""
+        assert isinstance(feed, Offline)
         batch = next(feed.fixed())
         with unwrapped(state), model.weights(MOVING):
             terms = feed.terms(model, batch, frozenset({"reference"}))
@@ -222,6 +219,7 @@ def train(config: TrainConfig, pairs: Sequence[Pair] | None = None) -> Run:
     metrics: dict[str, Any] = {"steps": state.step, "denoiser_passes": state.cost, "train_seconds": round(state.seconds, 1)}
     if cut:
         metrics["truncated_prompts"] = cut
+    metrics |= noise | (feed.totals() if isinstance(feed, OnlineFeed) else {})
     if main and (config.evaluate.enabled or config.model.lora is None):  # a whole pipeline is exported with all its parts
         model.stage("sample")
     if main:

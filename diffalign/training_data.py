@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from diffalign.errors import ConfigError, DataError
-from diffalign.hub import resolve
+from diffalign.hub import cache_dir, resolve
 from diffalign.spec import Spec
 from diffalign.train.feeds import Curriculum
 from diffalign.train.references import Base
@@ -16,7 +16,10 @@ from diffalign.train.references import Base
 if TYPE_CHECKING:
     from diffalign.data.examples import Example
     from diffalign.data.pairs import Pair
+    from diffalign.data.prompts import Prompt
+    from diffalign.models import Model
     from diffalign.recipes import TrainConfig
+    from diffalign.train.feeds import Offline
 
 
 class DataSpec(Spec):
@@ -154,3 +157,38 @@ def scored(examples: Sequence[Example], of: Sequence[Example], spec: DataSpec) -
         likely = 1 / (1 + np.exp(-spec.p_win_scale * gaps))
         out = [replace(x, p_win=float(p)) for x, p in zip(out, likely, strict=True)]
     return out
+
+
+def offline_feeds(
+    config: TrainConfig, model: Model, accelerator: Any, asked: Sequence[Prompt], given: Sequence[Pair] | None = None
+) -> tuple[Offline, Offline | None]:
+    """The feed of training and that of what is held out, everything encoded; no training prompt is one of ``asked``."""
+    from diffalign.data.pairs import apart
+    from diffalign.train.feeds import Offline
+
+    s, spec, total = config.train, config.data, config.total
+    training, held = build_examples(config, given)
+    if asked:
+        training = apart(training, [p.text for p in asked], spec.evaluation_prompts)
+    shared: dict[str, Any] = {
+        "size": (spec.resolution,) * 2 if spec.resolution else model.resolution,
+        "granularity": model.granularity if spec.buckets else None,
+        "batch_size": s.per_device_train_batch_size,
+        "seed": s.seed,
+        "data": total.data,
+        "coupling": config.coupling,
+    }
+
+    def feed_of(examples: Sequence[Example], **more: Any) -> Offline:
+        return Offline(model, examples, config.timesteps, cache_dir(), **shared, **more)
+
+    with accelerator.main_process_first():  # the first fills the cache, the others read it
+        feed = feed_of(
+            training,
+            accumulation=s.gradient_accumulation_steps,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            caption_dropout=s.caption_dropout,
+            curriculum=spec.curriculum,
+        )
+        return feed, feed_of(held) if held else None

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from pydantic import Field
@@ -37,8 +37,12 @@ class Curriculum(Spec):
 class Feed(Protocol):
     """Makes the micro-batches of a step and turns them into terms."""
 
-    def batches(self, step: int) -> Iterator[Batch]: ...
-    def terms(self, model: Model, batch: Batch, needs: frozenset[Need], reference: str = "reference") -> Terms: ...
+    def batches(self, step: int) -> Iterator[Any]: ...
+    def terms(self, model: Model, batch: Any, needs: frozenset[Need], reference: str = "reference") -> Terms: ...
+    def state(self) -> dict[str, Any]:
+        """What it keeps from step to step, for a checkpoint: tensors and plain values; empty if nothing."""
+
+    def restore(self, state: dict[str, Any]) -> None: ...
 
 
 class Offline:
@@ -212,6 +216,13 @@ class Offline:
 
     def _cond(self, prompt: str | None) -> Cond:
         return Cond(**{part: x[None] for part, x in self.texts[text_key(prompt)].items()})
+
+    def state(self) -> dict[str, Any]:
+        """Nothing: which examples come next is a function of the step."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        return
 
     def terms(self, model: Model, batch: Batch, needs: frozenset[Need], reference: str = "reference") -> Terms:
         """Denoise errors of the batch under the current weights and, if needed, the reference of that name."""

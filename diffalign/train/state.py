@@ -20,6 +20,7 @@ from diffalign.data.files import write_json
 from diffalign.errors import ConfigError, DiffalignError, ModelError
 from diffalign.models import Model
 from diffalign.spec import Spec
+from diffalign.train.feeds import Feed
 from diffalign.train.references import Base, ReferencePolicy
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -111,6 +112,8 @@ class TrainState:
         self.parameters = model.named_weights.trainable()
         optimizer = make_optimizer(list(self.parameters.values()), settings)
         model.net, self.optimizer = accelerator.prepare(model.net, optimizer)
+        self.feed: Feed | None = None
+        """What must come back with the rest, where a feed keeps something from step to step."""
         self.step = 0
         self.cost = 0
         """Forward passes of one image through the denoiser, a backward pass counted twice."""
@@ -205,6 +208,8 @@ class TrainState:
                 (tmp / "config.resolved.yaml").write_text(config)
             acc.wait_for_everyone()
             torch.save(_rng_state(), tmp / f"rng-{acc.process_index}.pt")
+            if self.feed is not None and (kept := self.feed.state()):
+                torch.save(kept, tmp / f"feed-{acc.process_index}.pt")
             acc.wait_for_everyone()
             if acc.is_main_process:
                 sizes = {f.name: f.stat().st_size for f in sorted(tmp.iterdir())}
@@ -251,6 +256,8 @@ class TrainState:
             if self.accelerator.scaler is not None and extra["scaler"]:
                 self.accelerator.scaler.load_state_dict(extra["scaler"])
             _set_rng_state(torch.load(checkpoint / f"rng-{own}.pt", weights_only=True))
+            if self.feed is not None and (kept := checkpoint / f"feed-{own}.pt").exists():
+                self.feed.restore(torch.load(kept, weights_only=True))
         except (OSError, ValueError, KeyError, RuntimeError, EOFError) as e:
             raise ModelError(
                 f"{checkpoint}: cannot resume: {type(e).__name__}: {' '.join(str(e).split())[:300]}",

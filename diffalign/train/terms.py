@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from diffalign.models import Cond, Model
-from diffalign.objectives import Data, GroupTerms, LabelTerms, Need, PairTerms, Terms
-from diffalign.path import add_noise, denoise_error, target
+from diffalign.objectives import Data, GroupTerms, ImageTerms, LabelTerms, Need, PairTerms, Terms
+from diffalign.path import add_noise, denoise_error, split, target
 from diffalign.timesteps import TimestepPolicy
 from diffalign.train.coupling import Coupling, invert
 
@@ -35,7 +35,7 @@ class Batch:
     weight: Tensor
     data: Data = "pairs"
     facts: dict[str, Tensor] = field(default_factory=dict)
-    """What is known of the examples: p_win (B,), good (B,), scores (B, K)."""
+    """What is known of the examples: p_win (B,), good (B,), advantage (B,), scores (B, K)."""
 
     def __len__(self) -> int:
         return len(self.u)
@@ -48,8 +48,10 @@ def terms_of(
     needs: frozenset[Need],
     coupling: Coupling | None = None,
     reference: str = "reference",
+    old: str = "old",
 ) -> Terms:
-    """Errors of all pictures in one forward pass per set of weights; ``reference`` names the weights to compare with.
+    """Errors of all pictures in one forward pass per set of weights; ``reference`` names the weights to compare with, and
+    ``old`` those that sampled.
 
     Of pairs whose objective does not ask for the loser, only the winners are seen.
     """
@@ -72,7 +74,7 @@ def terms_of(
         read = [x if isinstance(x, Cond) else model.encode_prompts(x) for x in said]
         return Cond.cat([model.sized(x, batch.frames[:, i]) for i, x in enumerate(read)] * draws).to(device)
 
-    passes = 4 if "reference" in needs else 3
+    passes = 3 + ("reference" in needs) + ("old" in needs)
     if coupling.noise == "inverted":
         eps = invert(model, x0, u.to(device), cond(), coupling.inversion_steps, coupling.renoise)
         passes += coupling.inversion_steps * (1 + coupling.renoise)
@@ -90,10 +92,18 @@ def terms_of(
         with torch.no_grad(), model.weights(reference):
             there = model.predict(x, t, cond())
             ref = by_picture(scale * denoise_error(there, wanted))
+    if "old" in needs:
+        with torch.no_grad(), model.weights(old):
+            before = model.predict(x, t, cond())
+            found["old"] = by_picture(scale * denoise_error(before, wanted))[0]
     here = model.predict(x, t, cond())
     errors = by_picture(scale * denoise_error(here, wanted))
     if "distance" in needs:
         found["distance"] = by_picture(scale * denoise_error(here, there))[0]
+    if "residual" in needs:
+        found["residual"] = (split(model.kind, here, x, c)[0] - x0).flatten(1)
+        if "old" in needs:
+            found["residual_old"] = (split(model.kind, before, x, c)[0] - x0).flatten(1)
     shared = {
         "t": batch.u[:, 0].mean(-1).to(device),
         "weight": batch.weight.to(device),
@@ -104,6 +114,8 @@ def terms_of(
     match batch.data:
         case "labels":
             return LabelTerms(errors[0], facts["good"], ref[0] if ref else None, **found, **shared)  # type: ignore[arg-type]
+        case "images":
+            return ImageTerms(errors[0], facts["advantage"], ref=ref[0] if ref else None, **found, **shared)  # type: ignore[arg-type]
         case "groups":
             e, r = torch.stack(errors, 1), torch.stack(ref, 1) if ref else None
             return GroupTerms(e, facts["scores"], r, **found, **shared)  # type: ignore[arg-type]

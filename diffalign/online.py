@@ -1,0 +1,123 @@
+"""From the ``online`` section to a feed: prompts, rewards, and the checks that come before the first step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffalign.data.prompts import Prompt, normalised
+from diffalign.errors import ConfigError
+from diffalign.evaluation import prompts_of
+from diffalign.scoring import make_scorers
+from diffalign.train.online import OnlineFeed
+from diffalign.train.references import Periodic
+from diffalign.train.rewards import Rewards
+from diffalign.training_data import DataSpec
+
+if TYPE_CHECKING:
+    from diffalign.recipes import TrainConfig
+    from diffalign.train.state import TrainState
+
+log = logging.getLogger(__name__)
+
+CLIP_OVER_NOISE = 10.0
+"""The clip range must be this many times the largest |ratio - 1| of an unchanged policy, or it gates on rounding."""
+
+
+def consistent(c: TrainConfig) -> None:
+    """Refuse what cannot work between objective and rollout, with the remedy."""
+    total, online = c.total, c.online
+    names = " + ".join(str(getattr(o, "type", type(o).__name__)) for o in total.parts)
+    if online is None:
+        if total.data in ("steps", "images", "rewards"):
+            raise ValueError(f"{names} learns from the model's own samples: add the section online")
+        return
+    if c.data != DataSpec():
+        raise ValueError("data is about stored examples, but online samples its own: drop data")
+    if c.train.caption_dropout or c.coupling.captions == "own" or c.coupling.noise in ("stored", "inverted"):
+        raise ValueError("caption_dropout, coupling.captions: own, and stored or inverted noise are about stored examples: drop them")
+    if isinstance(c.reference, Periodic) and c.reference.max_drift is not None:
+        raise ValueError("reference.max_drift is measured on stored winners, which online has none of: drop it")
+    if c.train.metric_for_best.startswith("heldout/") and (c.train.early_stopping_patience or c.train.load_best):
+        raise ValueError("online holds out no pairs: set train.metric_for_best=select/score")
+    if online.group_size < 2 and (total.data in ("pairs", "groups") or online.advantages.compares_within_groups):
+        raise ValueError("online.group_size 1 leaves nothing to compare: raise it, or set online.advantages.baseline=running")
+    if total.data in ("pairs", "groups") and online.rollout.batch_size % online.group_size:
+        raise ValueError(f"{names} needs whole groups: make online.rollout.batch_size a multiple of online.group_size")
+    if total.data == "steps":
+        online.rollout.check()
+        if online.rollout.batch_size % c.train.per_device_train_batch_size:
+            raise ValueError(
+                f"online.rollout.batch_size {online.rollout.batch_size} must be a multiple of "
+                f"train.per_device_train_batch_size {c.train.per_device_train_batch_size}: trained steps are replayed in its parts"
+            )
+        if online.repeats > 1:
+            raise ValueError(f"online.repeats re-noises images, but {names} learns from the steps themselves: drop it")
+
+
+def online_feed(
+    config: TrainConfig,
+    state: TrainState,
+    asked: Sequence[Prompt],
+    bare: Callable[[], AbstractContextManager[None]],
+    write: Callable[[int, dict[str, float]], object],
+) -> OnlineFeed:
+    """The feed of a run, whose prompts are none that are evaluated on.
+
+    Raises:
+        ConfigError: settings that do not fit the model or the number of processes.
+    """
+    spec, s, acc, model = config.online, config.train, state.accelerator, state.model
+    assert spec is not None
+    total, world = config.total, acc.num_processes
+    if spec.blocks % world or (total.data == "steps" and spec.blocks // world % spec.updates):
+        raise ConfigError(
+            f"online: {spec.blocks} blocks of {spec.rollout.batch_size} images cannot be shared by {world} processes and "
+            f"{spec.updates} updates",
+            hint="change online.prompts_per_rollout or online.rollout.batch_size",
+        )
+    spec.rollout.check_model(model)
+    said = {normalised(p.text) for p in asked}
+    prompts = [p for p in prompts_of(spec.prompts, spec.num_prompts, s.seed) if normalised(p.text) not in said]
+    if not prompts:
+        raise ConfigError("online.prompts: all of them are evaluated on", hint="use other prompts")
+    return OnlineFeed(
+        model,
+        prompts,
+        spec,
+        Rewards(spec.reward, make_scorers(spec.reward.scorers), Path(config.output_dir)),
+        config.timesteps,
+        data=total.data,
+        needs=total.needs,
+        batch_size=s.per_device_train_batch_size,
+        seed=s.seed,
+        rank=acc.process_index,
+        world=world,
+        coupling=config.coupling,
+        gather=acc.gather,
+        bare=bare,
+        log=write,
+    )
+
+
+def check_ratio(config: TrainConfig, feed: OnlineFeed, autocast: Callable[[], AbstractContextManager[Any]]) -> dict[str, float]:
+    """Replay one rollout as training will, and refuse to train where rounding alone would fill the clip range.
+
+    Raises:
+        ConfigError: the clip range is below ``CLIP_OVER_NOISE`` times the largest |ratio - 1|.
+    """
+    found = feed.preflight(autocast)
+    ranges = [r for o in config.total.parts if (r := getattr(o, "clip_range", None))]
+    log.info("preflight: largest |ratio - 1| of the unchanged policy is %.3g; %s", found.noise, found)
+    for clip in ranges:
+        if clip < CLIP_OVER_NOISE * found.noise:
+            raise ConfigError(
+                f"objective.clip_range {clip:g} is below {CLIP_OVER_NOISE:g} times {found.noise:.3g}, the largest |ratio - 1| "
+                "of a policy that has not changed: it would gate on rounding",
+                hint="widen it, or replay as sampled: train.per_device_train_batch_size = online.rollout.batch_size, "
+                "mixed_precision no, guidance_scale 1",
+            )
+    return found.facts()

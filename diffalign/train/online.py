@@ -1,0 +1,387 @@
+"""Samples of the model itself, scored as they come: the feed of the online methods into :func:`diffalign.train.loop.fit`.
+
+An epoch is one rollout: ``prompts_per_rollout`` groups of ``group_size`` images, made in fixed blocks whose seeds belong to
+the items, so that any number of processes sees the same trajectories. Its ``updates`` optimizer steps follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from diffalign.advantages import Advantages, Running
+from diffalign.data.prompts import Prompt
+from diffalign.models import Cond, Model
+from diffalign.objectives import Data, Need, StepTerms, Terms
+from diffalign.pairs import PAIR_RULES, BestWorst, Group, PairRule
+from diffalign.path import Coeffs, kl, log_ratio
+from diffalign.rollout import Preflight, RolloutSettings, Trajectories, preflight, replay, rollout
+from diffalign.sampling import Item, item_seed
+from diffalign.spec import Spec
+from diffalign.timesteps import TimestepPolicy
+from diffalign.train.coupling import Coupling, draw
+from diffalign.train.rewards import Rewards, RewardSpec
+from diffalign.train.terms import Batch, terms_of
+
+OLD = "old"
+
+
+class Behaviour(Spec):
+    """The ``online.old`` section: the policy that samples follows the trained one slowly, by an average once per rollout.
+
+    old <- d old + (1 - d) policy with d = min(rate max(0, n - flat), most) before the n-th rollout (DiffusionNFT, AWM).
+    """
+
+    rate: float = Field(default=0.001, ge=0)
+    most: float = Field(default=0.5, ge=0, lt=1)
+    flat: int = Field(default=0, ge=0)
+
+    def decay(self, epoch: int) -> float:
+        return min(self.rate * max(0, epoch - self.flat), self.most)
+
+
+class Online(Spec):
+    """The ``online`` section: what is sampled, how it is scored, and what is made of the scores."""
+
+    prompts: str = "shapes:train"
+    """A prompt file, a hub dataset, or a split of the built-in world."""
+    num_prompts: int = Field(default=2000, ge=1)
+    """Prompts in the pool, which goes by in shuffled epochs."""
+    prompts_per_rollout: int = Field(default=16, ge=1)
+    group_size: int = Field(default=8, ge=1)
+    updates: int = Field(default=1, ge=1)
+    """Optimizer steps in which the images of a rollout are used once."""
+    inner_epochs: int = Field(default=1, ge=1)
+    """How often they are used."""
+    repeats: int = Field(default=1, ge=1)
+    """Noises and times that each image is seen at in one use, by losses of the forward process (NFT: 9)."""
+    rollout: RolloutSettings = RolloutSettings()
+    reward: RewardSpec = RewardSpec()
+    advantages: Advantages = Advantages()
+    rule: Annotated[PairRule, PAIR_RULES] = BestWorst()
+    """Picks the pairs of each group, for losses on pairs."""
+    old: Behaviour | None = None
+    """Sample from an average of the past; the policy itself if not given."""
+
+    @model_validator(mode="after")
+    def _whole_blocks(self) -> Self:
+        size, images = self.rollout.batch_size, self.prompts_per_rollout * self.group_size
+        if size % self.group_size and self.group_size % size:
+            raise ValueError(f"rollout.batch_size {size} must hold whole groups of {self.group_size}, or divide one")
+        if images % size:
+            raise ValueError(f"{images} images per rollout are no multiple of rollout.batch_size {size}")
+        return self
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps from one rollout to the next."""
+        return self.updates * self.inner_epochs
+
+    @property
+    def blocks(self) -> int:
+        """Batches that make up a rollout, over all processes."""
+        return self.prompts_per_rollout * self.group_size // self.rollout.batch_size
+
+
+@dataclass(frozen=True)
+class Block:
+    """B images that were sampled together, and all that training on them needs."""
+
+    items: list[Item]
+    paths: Trajectories
+    advantages: Tensor
+    """(B,)"""
+    rewards: Tensor
+    """(B,) the weighted sum of the rewards."""
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """Rows of a block at one of its trained steps."""
+
+    block: Block
+    rows: slice
+    slot: int
+
+    def __len__(self) -> int:
+        return len(range(*self.rows.indices(len(self.block.items))))
+
+
+class OnlineFeed:
+    """Rolls out where an epoch begins and hands out micro-batches of what was sampled."""
+
+    def __init__(
+        self,
+        model: Model,
+        prompts: Sequence[Prompt],
+        spec: Online,
+        rewards: Rewards,
+        timesteps: TimestepPolicy,
+        *,
+        data: Data,
+        needs: frozenset[Need] = frozenset(),
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        coupling: Coupling | None = None,
+        gather: Callable[[Tensor], Tensor] = lambda x: x,
+        bare: Callable[[], AbstractContextManager[None]] = nullcontext,
+        log: Callable[[int, dict[str, float]], object] = lambda step, values: None,
+    ) -> None:
+        self.model, self.prompts, self.spec, self.rewards, self.timesteps = model, list(prompts), spec, rewards, timesteps
+        self.data, self.needs, self.batch_size, self.seed = data, needs, batch_size, seed
+        self.rank, self.world, self.coupling = rank, world, coupling or Coupling()
+        self.gather, self.bare, self.log = gather, bare, log
+        self.epoch = -1
+        self.blocks: list[Block] = []
+        self.running = Running()
+        self.texts: dict[str | None, Cond] = {}
+        self.unpaid = 0
+        """Denoiser passes of the last rollout that no terms have been charged with yet."""
+
+    # --- what the loop calls ------------------------------------------------------------------------------------------
+
+    def batches(self, step: int) -> Iterator[StepBatch | Batch]:
+        """This process's micro-batches of one optimizer step; the first of an epoch samples."""
+        epoch, part = divmod(step, self.spec.steps_per_rollout)
+        if epoch != self.epoch:
+            self._collect(epoch, step)
+        inner, update = divmod(part, self.spec.updates)
+        yield from self._paths(inner, update) if self.data == "steps" else self._images(inner, update)
+
+    def terms(
+        self, model: Model, batch: StepBatch | Batch, needs: frozenset[Need], reference: str = "reference"
+    ) -> Terms:
+        """Of stored steps or of re-noised images."""
+        if isinstance(batch, StepBatch):
+            found: Terms = self._step_terms(model, batch, needs, reference)
+        else:
+            found = terms_of(model, batch, self.timesteps, needs, self.coupling, reference, OLD)
+        found, self.unpaid = replace(found, cost=found.cost + self.unpaid), 0
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step needs, as tensors and plain values: images are kept, not sampled again."""
+        blocks = [
+            {"paths": _tensors(b.paths), "advantages": b.advantages, "rewards": b.rewards, "epoch": self.epoch, "number": n}
+            for n, b in enumerate(self.blocks)
+        ]
+        return {"epoch": self.epoch, "blocks": blocks, "running": self.running.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Back to what :meth:`state` gave."""
+        self.epoch, self.running = state["epoch"], Running.of(state["running"])
+        plan = self._plan(self.epoch) if state["blocks"] else []
+        self.blocks = [
+            Block(items, _trajectories(b["paths"], self.model), b["advantages"], b["rewards"])
+            for items, b in zip(plan, state["blocks"], strict=True)
+        ]
+
+    def totals(self) -> dict[str, Any]:
+        """What was spent beside denoiser passes."""
+        return {"reward_calls": self.rewards.calls * self.world}
+
+    def preflight(self, autocast: Callable[[], AbstractContextManager[Any]]) -> Preflight:
+        """The first block of the next rollout, replayed as training will."""
+        with self.bare():
+            return preflight(self.model, self._plan(0)[0], self.spec.rollout, self.seed, self.batch_size, autocast)
+
+    # --- an epoch begins ----------------------------------------------------------------------------------------------
+
+    def _plan(self, epoch: int) -> list[list[Item]]:
+        """The items of this process's blocks: block n of all goes to process n mod world."""
+        n, k = self.spec.prompts_per_rollout, self.spec.group_size
+        items = [Item(self._prompt(epoch * n + g), epoch * k + j) for g in range(n) for j in range(k)]
+        size = self.spec.rollout.batch_size
+        return [items[i : i + size] for i in range(self.rank * size, len(items), self.world * size)]
+
+    def _prompt(self, position: int) -> Prompt:
+        """The pool's endless stream of shuffled epochs."""
+        turn, offset = divmod(position, len(self.prompts))
+        g = torch.Generator().manual_seed(item_seed(self.seed, "prompts", turn))
+        return self.prompts[int(torch.randperm(len(self.prompts), generator=g)[offset])]
+
+    @torch.no_grad()
+    def _collect(self, epoch: int, step: int) -> None:
+        """Sample, score and weigh the images of an epoch."""
+        model, spec = self.model, self.spec
+        weights = model.named_weights
+        if spec.old is not None or "old" in self.needs:
+            follow(weights, 0.0 if spec.old is None else spec.old.decay(epoch))
+        self.texts = {}
+        plan, paths, scored = self._plan(epoch), list[Trajectories](), list[Future[Tensor]]()
+        model.net.eval()
+        with self.bare(), model.weights(OLD) if spec.old else nullcontext(), ThreadPoolExecutor(1) as scoring:
+            for items in plan:  # the pictures of one block are scored while the next is sampled
+                paths.append(rollout(model, items, spec.rollout, self.seed, epoch))
+                pixels = model.decode(paths[-1].x0)
+                scored.append(scoring.submit(self.rewards, pixels, [item.prompt.text for item in items]))
+            values = torch.stack([f.result() for f in scored], 1)  # (names, blocks, B)
+        model.net.train()
+        advantages, rewards, facts = self._weigh(values, epoch)
+        self.blocks = [Block(*row) for row in zip(plan, paths, advantages, rewards, strict=True)]
+        self.epoch = epoch
+        passes = 2 if spec.rollout.guidance_scale > 1 and model.takes_negative else 1
+        self.unpaid = len(plan) * spec.rollout.batch_size * spec.rollout.num_inference_steps * passes
+        self.log(step, facts)
+
+    def _weigh(self, values: Tensor, epoch: int) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """Advantages and rewards (blocks, B) of this process, from the values (names, blocks, B) of all."""
+        spec = self.spec
+        everyone = self.gather(values.transpose(0, 1).contiguous())  # process by process
+        names, size = values.shape[0], values.shape[2]
+        inorder = everyone.view(self.world, -1, names, size).transpose(0, 1).reshape(-1, names, size)
+        grouped = inorder.transpose(0, 1).reshape(names, spec.prompts_per_rollout, spec.group_size)
+        prompts = [self._prompt(epoch * spec.prompts_per_rollout + g).id for g in range(spec.prompts_per_rollout)]
+        found = spec.advantages(grouped.double(), self.rewards.weights, prompts, self.running)
+        mine = slice(self.rank, None, self.world)
+        advantages = found.advantages.float().view(-1, size)[mine]
+        rewards = self.rewards.total(grouped)
+        facts = {"rollout/reward": rewards.nanmean().item(), "rollout/reward_std": _within(rewards), "rollout/epoch": epoch}
+        facts |= {f"rollout/{n}": v.nanmean().item() for n, v in zip(self.rewards.names, grouped, strict=True)}
+        return advantages, rewards.float().view(-1, size)[mine], facts | found.facts
+
+    # --- micro-batches ------------------------------------------------------------------------------------------------
+
+    def _chunk(self, what: list[Any], inner: int, update: int) -> list[Any]:
+        """The share of one update, shuffled anew in every use; all processes shuffle alike."""
+        g = torch.Generator().manual_seed(item_seed(self.seed, f"update {self.epoch}", inner))
+        order = torch.randperm(len(what), generator=g).tolist()
+        return [what[i] for i in order[update :: self.spec.updates]]
+
+    def _paths(self, inner: int, update: int) -> Iterator[StepBatch]:
+        for block in self._chunk(self.blocks, inner, update):
+            for start in range(0, len(block.items), self.batch_size):
+                for slot in range(block.paths.std.shape[1]):
+                    yield StepBatch(block, slice(start, start + self.batch_size), slot)
+
+    def _images(self, inner: int, update: int) -> Iterator[Batch]:
+        found = self._chunk(self._examples(), inner, update)
+        mine = torch.tensor([float(len(found))])
+        most = int(self.gather(mine).max().item())  # pairs are as many as groups that are no ties: processes differ
+        total = self.gather(torch.tensor([float(sum(x.weight > 0 for x in found))])).sum().item()
+        found += [replace(x, weight=0.0) for x in (self._examples(anything=True)[:1] * (most - len(found)))]
+        size = min(self.batch_size, most)
+        for use in range(self.spec.repeats):
+            for start in range(0, most, size):
+                some = found[start : start + size]
+                scale = most * self.world / max(1.0, total)  # so that the mean is one over what counts
+                yield self._batch([replace(x, weight=x.weight * scale) for x in some], (inner, use))
+
+    def _examples(self, anything: bool = False) -> list[Example]:
+        """What this process learns from: pairs by the rule, whole groups, or single images; ``anything`` of that shape."""
+        k, out = self.spec.group_size, list[Example]()
+        for block in self.blocks:
+            for start in range(0, len(block.items), k):
+                rewards = block.rewards[start : start + k].tolist()
+                if self.data == "groups":
+                    out.append(Example(block, tuple(range(start, start + k))))
+                elif self.data != "pairs":
+                    out += [Example(block, (i,)) for i in range(start, start + k) if anything or block.advantages[i] != 0]
+                elif anything:
+                    out.append(Example(block, (start, start + 1)))
+                elif all(r == r for r in rewards):
+                    out += [Example(block, (start + p.chosen, start + p.rejected)) for p in self.spec.rule(Group(rewards))]
+            if anything:
+                break
+        return out
+
+    def _batch(self, some: Sequence[Example], use: tuple[int, int]) -> Batch:
+        """Examples with noise and times of their own, which belong to (seed, epoch, use, images)."""
+        x0 = torch.stack([x.block.paths.x0[list(x.rows)] for x in some])
+        us, noises = [], []
+        for x in some:
+            first = x.block.items[x.rows[0]]
+            g = torch.Generator().manual_seed(item_seed(self.seed, f"{first.prompt.id} {use} {x.rows}", first.k))
+            u, eps = draw(self.coupling, self.timesteps, len(x.rows), x0.shape[2:], g)
+            us.append(u)
+            noises.append(eps)
+        prompts = [x.block.items[x.rows[0]].prompt for x in some]
+        height, width = self.model.resolution
+        advantages = torch.stack([x.block.advantages[list(x.rows)] for x in some])
+        facts = {"scores": advantages} if len(some[0].rows) > 1 else {"advantage": advantages[:, 0], "good": advantages[:, 0] > 0}
+        return Batch(
+            x0,
+            torch.tensor([height, width, 0, 0, height, width]).expand(*x0.shape[:2], 6),
+            torch.stack(noises),
+            torch.stack(us),
+            (tuple(p.text for p in prompts) if self.model.trains_texts else self._cond([p.text for p in prompts]),),
+            torch.tensor([x.weight for x in some]),
+            self.data,
+            facts,
+        )
+
+    def _cond(self, texts: Sequence[str | None]) -> Cond:
+        """Encoded one by one and once per epoch, so that a prompt reads the same in any batch and after resuming."""
+        if self.model.trains_texts:
+            return self.model.encode_prompts(texts)
+        for text in dict.fromkeys(texts):
+            if text not in self.texts:
+                self.texts[text] = self.model.encode_prompts([text])
+        return Cond.cat([self.texts[text] for text in texts])
+
+    def _step_terms(self, model: Model, batch: StepBatch, needs: frozenset[Need], reference: str) -> StepTerms:
+        """One step of stored trajectories under the policy, and under the reference if asked for."""
+        block, rows, slot = batch.block, batch.rows, batch.slot
+        paths, items = block.paths, block.items[rows]
+        cond = self._cond([item.prompt.text for item in items])
+        negative = None
+        if any(item.prompt.negative for item in items):
+            negative = self._cond([item.prompt.negative or None for item in items])
+
+        def mean() -> Tensor:
+            return replay(model, paths, rows, slot, cond, self.spec.rollout, negative)
+
+        std, old, arrived = paths.std[rows, slot], paths.mean[rows, slot], paths.x_next[rows, slot]
+        kl_ref, passes = None, 3
+        if "reference" in needs:
+            with torch.no_grad(), model.weights(reference):
+                there = mean()
+            passes = 4
+        here = mean()
+        if "reference" in needs:
+            kl_ref = kl(here, there, std)
+        steps = self.spec.rollout.num_inference_steps
+        sigma, after = paths.c.sigma[rows, slot], paths.c_next.sigma[rows, slot]
+        guided = 2 if self.spec.rollout.guidance_scale > 1 and model.takes_negative else 1
+        return StepTerms(
+            log_ratio=log_ratio(here, old, arrived, std),
+            advantage=block.advantages[rows],
+            kl_old=kl(here, old, std),
+            std=std,
+            dt=sigma - after if model.kind == "flow" else torch.full_like(std, 1 / steps),
+            kl_ref=kl_ref,
+            t=paths.steps[rows, slot].float() / steps,
+            images=len(items) if slot == 0 else 0,
+            cost=len(items) * passes * guided,
+        )
+
+
+@dataclass(frozen=True)
+class Example:
+    """Images of one block that are learned from together."""
+
+    block: Block
+    rows: tuple[int, ...]
+    weight: float = 1.0
+
+
+def follow(weights: Any, decay: float) -> None:
+    """old <- decay old + (1 - decay) policy."""
+    if OLD not in weights.snapshots:
+        weights.take(OLD)
+    for name, p in weights.trainable().items():
+        weights.snapshots[OLD][name].lerp_(p.detach(), 1 - decay)
+
+
+def _within(rewards: Tensor) -> float:
+    """Mean deviation within the groups, (G, K)."""
+    return (rewards - rewards.nanmean(-1, keepdim=True)).square().nanmean(-1).sqrt().nanmean().item()

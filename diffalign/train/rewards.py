@@ -1,0 +1,87 @@
+"""Rewards of samples while training: any scorers, weighted; what fails is never a silent 0."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from diffalign.data.files import atomic
+from diffalign.data.images import to_pil, to_uint8
+from diffalign.errors import DiffalignError
+from diffalign.scorers import Scorer, ScoreInput
+from diffalign.scorers.base import isolated
+from diffalign.spec import Spec
+
+
+class RewardSpec(Spec):
+    """The ``online.reward`` section."""
+
+    scorers: list[str] = Field(default=["shapes"], min_length=1)
+    """As ``evaluate.scorers``: of the built-in world, of the list, served over HTTP, or a callable ``pkg.mod:obj``."""
+    weights: dict[str, float] = Field(default={"score": 0.8, "cleanliness": 0.2}, min_length=1)
+    """Which of the scorers' values count, and how much."""
+    on_error: Literal["fail", "retry", "drop"] = "fail"
+    """Of a value that is missing or not finite: stop with the sample saved; ask again, then stop; or leave out its group."""
+    retries: int = Field(default=3, ge=1)
+    wait_seconds: float = Field(default=1.0, ge=0)
+    """Before the first retry; doubled before each further one."""
+
+
+class Rewards:
+    """Pictures and prompts to (names, B) values in the order of ``weights``; NaN only where ``on_error`` is drop."""
+
+    def __init__(self, spec: RewardSpec, scorers: Sequence[Scorer], folder: Path) -> None:
+        self.spec, self.scorers, self.folder = spec, list(scorers), folder
+        self.names = list(spec.weights)
+        self.weights = torch.tensor(list(spec.weights.values()), dtype=torch.double)
+        self.calls = 0
+        """Pictures that were scored."""
+
+    def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """(names, B) fp32 of pixels (B, 3, H, W) in [0, 1].
+
+        Raises:
+            DiffalignError: a value is missing or not finite; the picture is saved under ``failed/``.
+        """
+        pictures = to_pil(to_uint8(pixels).cpu())
+        batch = ScoreInput(pictures, list(prompts))
+        values, errors = self._ask(batch)
+        for attempt in range(self.spec.retries if self.spec.on_error == "retry" else 0):
+            bad = (~values.isfinite()).any(0).nonzero().flatten().tolist()
+            if not bad:
+                break
+            time.sleep(self.spec.wait_seconds * 2**attempt)
+            again, why = self._ask(ScoreInput([pictures[i] for i in bad], [prompts[i] for i in bad]))
+            values[:, bad] = again
+            errors |= {i: why[n] for n, i in enumerate(bad) if n in why}
+        bad = (~values.isfinite()).any(0).nonzero().flatten().tolist()
+        if bad and self.spec.on_error != "drop":
+            file = self.folder / "failed" / "sample.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            atomic(file, lambda to: pictures[bad[0]].save(to, format="PNG"))
+            raise DiffalignError(
+                f"reward: no value for {prompts[bad[0]]!r}: {errors.get(bad[0], 'it is not finite')}; the sample is {file}",
+                hint="mend the scorer, or set online.reward.on_error to retry or drop",
+            )
+        return values.where(values.isfinite(), torch.nan)
+
+    def total(self, values: Tensor) -> Tensor:
+        """The weighted sum of (names, ...) values."""
+        return torch.einsum("n,n...->...", self.weights.to(values), values)
+
+    def _ask(self, batch: ScoreInput) -> tuple[Tensor, dict[int, str]]:
+        self.calls += len(batch)
+        values: dict[str, Tensor] = {}
+        errors: dict[int, str] = {}
+        for scorer in self.scorers:
+            found = isolated(scorer, batch)
+            values |= found.values
+            errors |= {i: f"{scorer.name}: {e}" for i, e in enumerate(found.errors) if e}
+        missing = torch.full((len(batch),), torch.nan)
+        return torch.stack([values.get(name, missing) for name in self.names]), errors

@@ -1,0 +1,381 @@
+"""Online training: what is sampled and by whom, what training sees of it, and that it comes back bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffalign.building import build_model
+from diffalign.data.prompts import Prompt
+from diffalign.errors import ConfigError, DiffalignError
+from diffalign.models import LoRA, ModelSpec
+from diffalign.objectives import PairTerms
+from diffalign.recipes import TrainConfig, train
+from diffalign.spec import validate
+from diffalign.timesteps import Uniform
+from diffalign.train.online import OLD, Behaviour, Online, OnlineFeed
+from diffalign.train.rewards import Rewards, RewardSpec
+from diffalign.train.tracking import read_metrics
+
+PROMPTS = [Prompt(f"picture {i}") for i in range(5)]
+BRIGHT = "test_online:brightness"
+
+
+def brightness(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
+    """A reward that any picture has."""
+    import numpy as np
+
+    return [float(np.asarray(x).mean() / 255) for x in images]
+
+
+def broken(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
+    return [float("nan") if "3" in p else 1.0 for p in prompts]
+
+
+class Flaky:
+    """Fails on its first pictures, and is well afterwards."""
+
+    name = "flaky"
+    calls = 0
+
+    def __call__(self, images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
+        Flaky.calls += 1
+        return [float("nan")] * len(images) if Flaky.calls == 1 else [1.0] * len(images)
+
+
+def online(**more: Any) -> Online:
+    rollout = {"num_inference_steps": 3, "batch_size": 4} | more.pop("rollout", {})
+    base = {"prompts_per_rollout": 4, "group_size": 2, "rollout": {"rule": {"type": "ddim", "eta": 1.0}} | rollout}
+    reward = {"scorers": [BRIGHT], "weights": {"brightness": 1.0}}
+    return validate(Online, {"reward": reward} | base | more)
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Path) -> Any:
+    return build_model(ModelSpec(path=str(tiny), lora=LoRA(rank=4)))
+
+
+@pytest.fixture
+def feed(model: Any, tmp_path: Path) -> Callable[..., OnlineFeed]:
+    from diffalign.scoring import make_scorers
+
+    def make(data: str = "steps", spec: Online | None = None, **more: Any) -> OnlineFeed:
+        spec = spec or online()
+        rewards = Rewards(spec.reward, make_scorers(spec.reward.scorers), tmp_path)
+        return OnlineFeed(model, PROMPTS, spec, rewards, Uniform(), data=data, batch_size=4, **{"seed": 1} | more)  # type: ignore[arg-type]
+
+    return make
+
+
+def small(tiny: Path, out: Path, **more: Any) -> dict[str, Any]:
+    """A run of two steps of GRPO by default."""
+    sections: dict[str, Any] = {
+        "model": {"path": str(tiny), "lora": {"rank": 4}},
+        "objective": {"type": "ppo"},
+        "online": online().model_dump(),
+        "train": {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "learning_rate": 1e-3},
+        "evaluate": {"enabled": False},
+        "output_dir": str(out),
+    }
+    for key, value in more.items():
+        sections[key] = {**sections[key], **value} if isinstance(value, dict) and key != "objective" else value
+    return sections
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "pytorch_lora_weights.safetensors")
+
+
+# --- what is sampled -------------------------------------------------------------------------------------------------
+
+
+def test_prompts_come_in_shuffled_epochs_of_the_pool(feed: Callable[..., OnlineFeed]) -> None:
+    f = feed()
+    seen = [f._prompt(i).text for i in range(15)]
+    for turn in range(3):
+        assert sorted(seen[5 * turn : 5 * turn + 5]) == sorted(p.text for p in PROMPTS)
+    assert seen[:5] != seen[5:10] or seen[5:10] != seen[10:]
+
+
+def test_groups_stand_together_and_no_noise_is_used_twice(feed: Callable[..., OnlineFeed]) -> None:
+    f = feed()
+    items = [item for epoch in range(10) for block in f._plan(epoch) for item in block]
+    assert all(a.prompt == b.prompt for a, b in zip(items[::2], items[1::2], strict=True))
+    assert len({(i.prompt.text, i.k) for i in items}) == len(items)
+
+
+def test_two_processes_see_the_trajectories_of_one(feed: Callable[..., OnlineFeed]) -> None:
+    """Bit for bit: blocks are the same whoever makes them."""
+    alone = feed()
+    list(alone.batches(0))
+    for rank in (0, 1):
+        shared = feed(rank=rank, world=2)
+        shared.gather = lambda values: torch.cat([values, values])  # the other's rewards do not matter here
+        list(shared.batches(0))
+        assert len(shared.blocks) == 1
+        for name in ("x0", "x", "x_next", "mean", "std"):
+            assert torch.equal(getattr(shared.blocks[0].paths, name), getattr(alone.blocks[rank].paths, name))
+
+
+def test_ratio_is_one_before_the_first_update(feed: Callable[..., OnlineFeed], model: Any) -> None:
+    f = feed()
+    batches = list(f.batches(0))
+    assert len(batches) == 2 * batches[0].block.paths.std.shape[1]
+    for batch in batches:
+        terms = f.terms(model, batch, frozenset({"reference"}))
+        assert (terms.log_ratio == 0).all()
+        assert (terms.kl_old == 0).all()
+        assert (terms.kl_ref == 0).all()  # a fresh adapter is the reference
+
+
+def test_passes_are_counted(feed: Callable[..., OnlineFeed], model: Any) -> None:
+    """8 images in 3 steps; then a forward and a backward pass for each of them at each trained step."""
+    f = feed()
+    terms = [f.terms(model, b, frozenset()) for b in f.batches(0)]
+    trained = f.blocks[0].paths.std.shape[1]
+    assert sum(t.cost for t in terms) == 8 * 3 + 8 * trained * 3
+    assert f.totals()["reward_calls"] == 8
+
+
+def test_advantages_are_those_of_the_groups(feed: Callable[..., OnlineFeed]) -> None:
+    f = feed()
+    list(f.batches(0))
+    for block in f.blocks:
+        a, r = block.advantages.view(-1, 2), block.rewards.view(-1, 2)
+        assert torch.allclose(a.sum(1), torch.zeros(len(a)), atol=1e-5)
+        assert ((a[:, 0] > a[:, 1]) == (r[:, 0] > r[:, 1])).all()
+
+
+# --- pairs and images of the policy's own ----------------------------------------------------------------------------
+
+
+def test_online_pairs_are_the_best_and_worst_of_each_group(feed: Callable[..., OnlineFeed], model: Any) -> None:
+    f = feed("pairs", online(group_size=4, rollout={"rule": {"type": "ode"}}))
+    (batch,) = f.batches(0)
+    for x0 in batch.x0:
+        block = next(b for b in f.blocks if any(torch.equal(x0[0], y) for y in b.paths.x0))
+        place = [next(i for i, y in enumerate(block.paths.x0) if torch.equal(y, x0[j])) for j in (0, 1)]
+        group = block.rewards.view(-1, 4)[place[0] // 4]
+        assert place[0] // 4 == place[1] // 4
+        assert group.max() == block.rewards[place[0]]
+        assert group.min() == block.rewards[place[1]]
+    terms = f.terms(model, batch, frozenset({"loser", "reference"}))
+    assert isinstance(terms, PairTerms)
+    assert terms.loser is not None
+    assert terms.weight is not None
+    assert terms.weight.mean().item() == pytest.approx(1.0)
+
+
+def test_ties_leave_no_pairs_and_the_step_still_runs(model: Any, tmp_path: Path) -> None:
+    spec = online(rollout={"rule": {"type": "ode"}})
+    rewards = Rewards(spec.reward, [lambda batch: _constant(batch)], tmp_path)  # type: ignore[list-item]
+    f = OnlineFeed(model, PROMPTS, spec, rewards, Uniform(), data="pairs", batch_size=4, seed=1)
+    batches = list(f.batches(0))
+    assert batches == []
+
+
+def _constant(batch: Any) -> Any:
+    from diffalign.scorers import ScoreBatch
+
+    return ScoreBatch({"brightness": torch.ones(len(batch))})
+
+
+def test_old_policy_follows_by_its_schedule(feed: Callable[..., OnlineFeed], model: Any) -> None:
+    """old <- d old + (1 - d) policy, d = min(rate (n - flat), most)."""
+    f = feed("images", online(old={"rate": 0.5, "most": 0.75, "flat": 1}, rollout={"rule": {"type": "ode"}}), needs=frozenset({"old"}))
+    name = next(iter(model.named_weights.trainable()))
+    p = model.named_weights.trainable()[name]
+    start = p.detach().clone()
+    expected = None
+    try:
+        for epoch, decay in enumerate([0.0, 0.0, 0.5, 0.75]):
+            with torch.no_grad():
+                p.copy_(torch.full_like(p, float(epoch)))
+            list(f.batches(epoch))
+            now = torch.full_like(p, float(epoch))
+            expected = now if expected is None else decay * expected + (1 - decay) * now
+            assert torch.allclose(model.named_weights.snapshots[OLD][name], expected)
+    finally:
+        with torch.no_grad():
+            p.copy_(start)
+        del model.named_weights.snapshots[OLD]
+    assert Behaviour(rate=0.001, most=0.5).decay(10_000) == 0.5
+
+
+# --- rewards ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_failing_reward_stops_with_the_sample_saved(tmp_path: Path) -> None:
+    spec = RewardSpec(scorers=["test_online:broken"], weights={"broken": 1.0})
+    from diffalign.scoring import make_scorers
+
+    rewards = Rewards(spec, make_scorers(spec.scorers), tmp_path)
+    with pytest.raises(DiffalignError, match="picture 3"):
+        rewards(torch.rand(5, 3, 8, 8), [p.text for p in PROMPTS])
+    assert (tmp_path / "failed" / "sample.png").exists()
+    dropped = Rewards(spec.model_copy(update={"on_error": "drop"}), make_scorers(spec.scorers), tmp_path)
+    values = dropped(torch.rand(5, 3, 8, 8), [p.text for p in PROMPTS])
+    assert values.isnan().tolist() == [[False, False, False, True, False]]
+
+
+def test_a_reward_is_asked_again(tmp_path: Path) -> None:
+    from diffalign.scorers import Callback
+
+    Flaky.calls = 0
+    spec = RewardSpec(scorers=["x:y"], weights={"flaky": 2.0}, on_error="retry", wait_seconds=0)
+    rewards = Rewards(spec, [Callback(Flaky(), "flaky")], tmp_path)
+    assert rewards(torch.rand(2, 3, 8, 8), ["a", "b"]).tolist() == [[1.0, 1.0]]
+    assert Flaky.calls == 2
+    assert rewards.calls == 4
+
+
+def test_a_group_with_a_failed_reward_counts_for_nothing(feed: Callable[..., OnlineFeed]) -> None:
+    reward = {"scorers": ["test_online:broken", BRIGHT], "weights": {"broken": 1.0, "brightness": 1.0}, "on_error": "drop"}
+    f = feed(spec=online(reward=reward, prompts_per_rollout=6))
+    list(f.batches(0))
+    for block in f.blocks:
+        for item, advantage, reward_ in zip(block.items, block.advantages, block.rewards, strict=True):
+            assert advantage.isfinite()
+            if "3" in item.prompt.text:
+                assert advantage == 0
+                assert reward_.isnan()
+
+
+def test_an_unknown_value_is_named(tmp_path: Path) -> None:
+    from diffalign.scoring import make_scorers
+
+    rewards = Rewards(RewardSpec(scorers=[BRIGHT], weights={"beauty": 1.0}), make_scorers([BRIGHT]), tmp_path)
+    with pytest.raises(ConfigError, match="beauty"):
+        rewards(torch.rand(1, 3, 8, 8), ["a"])
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+KINDS = {
+    "ppo": {},
+    "reinforce": {"online": {"updates": 2}},
+    "sigmoid": {"online": {"rollout": {"rule": {"type": "ode"}, "num_inference_steps": 2, "batch_size": 4}}},
+    "nft": {"online": {"rollout": {"rule": {"type": "ode"}, "num_inference_steps": 2, "batch_size": 4}, "old": {"rate": 0.1}, "repeats": 2}},
+    "kto": {"online": {"rollout": {"rule": {"type": "ode"}, "num_inference_steps": 2, "batch_size": 4}}, "coupling": {"noise": "independent"}},
+    "infonca": {"online": {"rollout": {"rule": {"type": "ode"}, "num_inference_steps": 2, "batch_size": 4}}},
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_objective_trains_on_its_own_samples(name: str, tiny: Path, tmp_path: Path) -> None:
+    sections = small(tiny, tmp_path / "run", **{k: dict(v) for k, v in KINDS[name].items()}, objective={"type": name})
+    sections.setdefault("coupling", {})
+    if "online" in KINDS[name]:
+        sections["online"] = online(**KINDS[name]["online"]).model_dump()
+    run = train(validate(TrainConfig, sections))
+    lines = read_metrics(run.folder)
+    assert run.metrics["reward_calls"] > 0
+    assert any("rollout/reward" in line for line in lines)
+    assert all(torch.isfinite(w).all() for w in weights_of(run.folder).values())
+    assert any(w.abs().sum() > 0 for n, w in weights_of(run.folder).items() if "lora_B" in n)
+
+
+@pytest.mark.parametrize("kind", ["ppo", "nft"])
+def test_resuming_inside_a_rollout_is_bit_equal(kind: str, tiny: Path, tmp_path: Path) -> None:
+    """Four updates a rollout, cut after the third: neither sampled again nor scored again."""
+    more: dict[str, Any] = {"objective": {"type": kind}}
+    spec = online(updates=2, inner_epochs=2)
+    if kind == "nft":
+        spec = online(updates=2, inner_epochs=2, old={"rate": 0.5}, rollout={"rule": {"type": "ode"}})
+    more["online"] = spec.model_dump()
+    whole = train(validate(TrainConfig, small(tiny, tmp_path / "whole", **more, train={"max_steps": 6})))
+    train(validate(TrainConfig, small(tiny, tmp_path / "cut", **more, train={"max_steps": 3})))
+    calls = []
+
+    cut = validate(TrainConfig, small(tiny, tmp_path / "cut", **more, train={"max_steps": 6}) | {"resume_from": "latest"})
+    rest = train(cut)
+    del calls
+    a, b = weights_of(whole.folder), weights_of(rest.folder)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert rest.metrics["denoiser_passes"] == whole.metrics["denoiser_passes"]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tiny: Path, tmp_path: Path) -> None:
+    """Real processes over gloo: the same losses, and weights that agree within Adam's rounding."""
+    from diffalign.spec import dump
+
+    losses = []
+    for n in (1, 2):
+        config = validate(TrainConfig, small(tiny, tmp_path / f"run{n}", train={"adam_epsilon": 0.01}))
+        (tmp_path / f"{n}.yaml").write_text(dump(config))
+        env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--master-port", str(29700 + os.getpid() % 200)]
+        done = subprocess.run([*launch, "-m", "diffalign", "train", str(tmp_path / f"{n}.yaml")], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        lines = read_metrics(tmp_path / f"run{n}")
+        losses.append([x["loss"] for x in lines if "loss" in x])
+        losses[-1] += [x["rollout/reward"] for x in lines if "rollout/reward" in x]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4, abs=1e-6)
+    a, b = (weights_of(tmp_path / f"run{n}") for n in (1, 2))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-6)
+
+
+# --- what cannot work ------------------------------------------------------------------------------------------------
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "a policy objective without rollouts": ({"online": None}, "add the section online"),
+    "stored data beside": ({"data": {"limit": 3}}, "drop data"),
+    "a group of one": ({"online": {"group_size": 1}}, "group_size 1"),
+    "blocks that cut groups": ({"online": {"group_size": 3}}, "whole groups of 3"),
+    "images that fill no block": ({"online": {"prompts_per_rollout": 3}}, "no multiple of"),
+    "parts of blocks": ({"train": {"per_device_train_batch_size": 3}}, "multiple of"),
+    "a window beyond the steps": (
+        {"online": {"rollout": {"window": {"type": "fixed", "start": 2, "size": 2}, "num_inference_steps": 3}}}, "window"
+    ),
+    "a rule without noise": ({"online": {"rollout": {"rule": {"type": "ode"}}}}, "noise"),
+    "several noises of steps": ({"online": {"repeats": 2}}, "repeats"),
+    "captions dropped": ({"train": {"caption_dropout": 0.1}}, "drop"),
+    "no pairs to stop on": ({"train": {"early_stopping_patience": 2}}, "select/score"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_work_is_refused_with_the_remedy(case: str, tiny: Path, tmp_path: Path) -> None:
+    change, said = WRONG[case]
+    sections = small(tiny, tmp_path / "run")
+    for key, value in change.items():
+        if value is None:
+            sections[key] = None
+            continue
+        at = sections.setdefault(key, {})
+        for name, x in value.items():
+            at[name] = {**at[name], **x} if isinstance(x, dict) and isinstance(at.get(name), dict) and "type" not in x else x
+    with pytest.raises(ConfigError, match=said):
+        train(validate(TrainConfig, sections))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_clip_range_under_the_noise_is_refused_before_training(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffalign import rollout
+
+    honest = rollout.replay
+    monkeypatch.setattr("diffalign.rollout.replay", lambda *a, **k: honest(*a, **k) * (1 + 1e-4))  # a kernel that rounds otherwise
+    sections = small(tiny, tmp_path / "run", objective={"type": "ppo", "clip_range": 1e-6})
+    with pytest.raises(ConfigError, match="clip_range"):
+        train(validate(TrainConfig, sections))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_metrics_name_the_reward_and_the_ratio(tiny: Path, tmp_path: Path) -> None:
+    run = train(validate(TrainConfig, small(tiny, tmp_path / "run")))
+    lines = read_metrics(run.folder)
+    assert {"rollout/reward", "rollout/reward_std", "rollout/brightness"} <= set().union(*map(set, lines))
+    assert json.loads((run.folder / "metrics.json").read_text())["ratio_noise"] == 0
