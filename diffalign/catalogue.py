@@ -65,8 +65,9 @@ def _objective_line(cls: Any) -> str:
     """Formula, data, paper and how it was checked."""
     formula = (cls.__doc__ or "").strip().splitlines()[0].removesuffix(".")
     extra = {"reference": "a reference", "p_win": "p_win", "scores": "scores"}
-    data = [cls.data if "loser" in cls.needs or cls.data != "pairs" else "winners"]
-    data += [said for need, said in extra.items() if need in cls.needs]
+    needs = cls().needs
+    data = [cls.data if "loser" in needs or cls.data != "pairs" else "winners"]
+    data += [said for need, said in extra.items() if need in needs]
     return f"{formula} | {', '.join(data)} | {cls.paper} | checked: {cls.checked}"
 
 

@@ -12,11 +12,21 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from diffalign.objectives import GroupTerms, LabelTerms, Objective, PairTerms, Terms, Total
+from diffalign.objectives import (
+    GroupTerms,
+    ImageTerms,
+    LabelTerms,
+    Objective,
+    PairTerms,
+    RewardTerms,
+    StepTerms,
+    Terms,
+    Total,
+)
 from diffalign.spec import Spec, dump
 
 T = TypeVar("T", bound=Terms)
-_ERRORS = ("winner", "loser", "error", "distance")
+_ERRORS = ("winner", "loser", "error", "distance", "log_ratio", "kl_old", "kl_ref", "residual", "reward")
 
 
 def random_terms(needs: frozenset[str], rows: int = 8, seed: int = 0) -> PairTerms:
@@ -36,6 +46,9 @@ def random_terms(needs: frozenset[str], rows: int = 8, seed: int = 0) -> PairTer
     given: dict[str, Any] = {name: value for need, (name, value) in more.items() if need in needs}
     if "scores" in needs:
         given |= {"score_winner": scores[0], "score_loser": scores[1]}
+    if "old" in needs:
+        old = now + 1e-4 * torch.randn(2, rows, generator=g, dtype=torch.double)
+        given |= {"old_winner": old[0], "old_loser": old[1] if both else None}
     return PairTerms(
         now[0], now[1] if both else None, ref[0] if seen else None, ref[1] if seen and both else None, t=t, **given
     )
@@ -55,6 +68,38 @@ def random_groups(rows: int = 8, size: int = 4, seed: int = 0) -> GroupTerms:
     return GroupTerms(p.winner.view(rows, size), scores, p.ref_winner.view(rows, size), t=torch.rand(rows))
 
 
+def random_steps(needs: frozenset[str], rows: int = 8, seed: int = 0) -> StepTerms:
+    """Steps of a policy that has moved: log ratios of about 1e-3, every other advantage above 0."""
+    g = torch.Generator().manual_seed(seed)
+    log_ratio = 1e-3 * torch.randn(rows, generator=g, dtype=torch.double)
+    size, kl, ref, std, t = torch.rand(5, rows, generator=g, dtype=torch.double)
+    advantage = (0.1 + size) * (1 - 2 * (torch.arange(rows) % 2))
+    return StepTerms(
+        log_ratio, advantage, 1e-4 * kl, 0.1 + 0.5 * std, torch.full_like(t, 0.1), 1e-4 * ref if "reference" in needs else None,
+        t=t,
+    )  # fmt: skip
+
+
+def random_images(needs: frozenset[str], rows: int = 8, seed: int = 0) -> ImageTerms:
+    """Own samples of a policy that has moved a little since, every other advantage above 0."""
+    p = random_terms(frozenset({"reference", "distance"}), rows, seed)
+    g = torch.Generator().manual_seed(seed + 1)
+    old = p.winner + 1e-3 * torch.randn(rows, generator=g, dtype=torch.double)
+    advantage = (0.1 + torch.rand(rows, generator=g, dtype=torch.double)) * (1 - 2 * (torch.arange(rows) % 2))
+    residual = 0.4 * torch.randn(rows, 6, generator=g, dtype=torch.double)
+    both = (residual, residual + 0.01 * torch.randn(rows, 6, generator=g, dtype=torch.double))
+    return ImageTerms(
+        p.winner, advantage, old if "old" in needs else None, p.ref_winner if "reference" in needs else None,
+        *(both if "residual" in needs else ()), t=p.t, distance=p.distance if "distance" in needs else None,
+    )  # fmt: skip
+
+
+def random_rewards(rows: int = 8, seed: int = 0) -> RewardTerms:
+    """Rewards of about 1."""
+    g = torch.Generator().manual_seed(seed)
+    return RewardTerms(1 + 0.3 * torch.randn(rows, generator=g, dtype=torch.double), t=torch.rand(rows, generator=g))
+
+
 def terms_for(objective: Objective, rows: int = 8, seed: int = 0) -> Terms:
     """Random terms of the objective's kind."""
     match objective.data:
@@ -64,6 +109,12 @@ def terms_for(objective: Objective, rows: int = 8, seed: int = 0) -> Terms:
             return random_labels(objective.needs, rows, seed)
         case "groups":
             return random_groups(rows, seed=seed)
+        case "steps":
+            return random_steps(objective.needs, rows, seed)
+        case "images":
+            return random_images(objective.needs, rows, seed)
+        case "rewards":
+            return random_rewards(rows, seed)
 
 
 def rows_of(terms: T, rows: slice) -> T:
@@ -73,15 +124,22 @@ def rows_of(terms: T, rows: slice) -> T:
 
 
 def at_start(terms: T) -> T:
-    """The terms of a policy that is the reference still."""
-    same = {"winner": "ref_winner", "loser": "ref_loser", "error": "ref"}
+    """The terms of a policy that is the reference still, and the one that sampled."""
+    same = {"winner": "ref_winner", "loser": "ref_loser", "error": "ref", "residual": "residual_old"}
     found = {k: v for k, ref in same.items() if (v := getattr(terms, ref, None)) is not None}
-    return replace(terms, **found, distance=None if terms.distance is None else torch.zeros_like(terms.distance))
+    sampled = {"old_winner": "winner", "old_loser": "loser", "old": "error"}
+    found |= {old: found.get(k, getattr(terms, k)) for old, k in sampled.items() if getattr(terms, old, None) is not None}
+    zero = ("distance", "log_ratio", "kl_old", "kl_ref")
+    found |= {k: torch.zeros_like(v) for k in zero if (v := getattr(terms, k, None)) is not None}
+    return replace(terms, **found)
 
 
 def slopes(objective: Objective, terms: Terms) -> tuple[Tensor, Tensor]:
-    """(B,) each: how each row's loss changes as the error of what is good falls, and as that of what is bad rises."""
-    names = [n for n in ("winner", "loser", "error") if getattr(terms, n, None) is not None]
+    """(B,) each: how each row's loss changes as the error of what is good falls, and as that of what is bad rises.
+
+    Of steps, as the density of what is good rises; of rewards, as they rise.
+    """
+    names = [n for n in ("winner", "loser", "error", "residual", "log_ratio", "reward") if getattr(terms, n, None) is not None]
     inputs = {n: getattr(terms, n).detach().clone().requires_grad_(True) for n in names}
     loss = objective(replace(terms, **inputs), {}).loss.sum()
     found = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
@@ -94,6 +152,15 @@ def slopes(objective: Objective, terms: Terms) -> tuple[Tensor, Tensor]:
         case GroupTerms():
             high = terms.scores > terms.scores.mean(-1, keepdim=True)
             return (-by_name["error"] * high).sum(-1), (by_name["error"] * ~high).sum(-1)
+        case StepTerms():
+            return by_name["log_ratio"] * (terms.advantage > 0), -by_name["log_ratio"] * (terms.advantage < 0)
+        case ImageTerms():
+            worse = by_name["error"]
+            if terms.residual is not None:
+                worse = worse + (by_name["residual"] * terms.residual).sum(-1)
+            return -worse * (terms.advantage > 0), worse * (terms.advantage < 0)
+        case RewardTerms():
+            return by_name["reward"], torch.zeros_like(by_name["reward"])
     raise TypeError(type(terms).__name__)
 
 
@@ -101,7 +168,7 @@ def check_objective(objective: Objective, prefers: bool = True) -> None:
     """Assert what holds for every objective; raises AssertionError that says what does not.
 
     It must return one finite loss per row that depends on that row alone (unless ``by_row`` is False), with gradients that
-    agree with finite differences; from the reference on, a lower error of what is good and a higher one of what is bad
+    agree with finite differences (unless ``held`` says that a factor is held constant); from the reference on, a lower error of what is good and a higher one of what is bad
     must lower the loss, and neither of them alone may raise it (not asked of a regulariser, which ``prefers`` nothing);
     it must use only what it declares in ``needs``; and its configuration must survive a round trip.
     """
@@ -117,7 +184,7 @@ def check_objective(objective: Objective, prefers: bool = True) -> None:
         assert value.shape == (rows,), f"metric {name} is not one value per row"
         assert not value.requires_grad, f"metric {name} is not detached"
 
-    for name in _ERRORS:
+    for name in () if objective.held else _ERRORS:
         x = getattr(terms, name, None)
         if x is None:
             continue

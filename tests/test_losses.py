@@ -134,6 +134,8 @@ MADPO_WEIGHT = expit((0.5 + 1.5 / (1 + 2.0 * np.exp(0.8 - 2))) * 0.8) / expit(0.
 ELSEWHERE = {
     *("linear", "dspo", "aot", "kl", "mapo", "simpo", "cpo", "orpo", "repo"),
     *("kto", "bco", "npo", "ddo", "pmpo", "rank_dpo", "infonca", "nca", "plackett_luce", "pro"),
+    # in test_policy.py
+    *("reinforce", "ppo", "grpo_guard", "flow_dppo", "spo", "prdp", "nft", "awm", "rwr", "dgpo", "crd", "draft", "refl"),
 }
 
 

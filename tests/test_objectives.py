@@ -35,13 +35,14 @@ PARAMETERS: dict[str, dict[str, float]] = {
     "dspo": {"beta": 0.5},
     "repo": {"beta": 50},
     "dro_hinge": {"mu": 0.1},
+    "flow_dppo": {"tau": 3e-5},  # no random KL within a step of finite differences
 }
 """Settings at which random terms are not all in a flat part of the loss."""
 
 
 @pytest.mark.parametrize("name", OBJECTIVES.options)
 def test_contract(name: str) -> None:
-    check_objective(OBJECTIVES.options[name](**PARAMETERS.get(name, {})), prefers=name != "kl")
+    check_objective(OBJECTIVES.options[name](**PARAMETERS.get(name, {})), prefers=name not in {"kl", "rwr"})
 
 
 @pytest.mark.parametrize("name", OBJECTIVES.options)

@@ -6,7 +6,22 @@ the class, named in a config as ``type: pkg.mod:Class`` and checked by :mod:`dif
 
 from __future__ import annotations
 
-from diffalign.objectives.base import Data, GroupTerms, LabelTerms, LossOutput, Need, Objective, PairTerms, Terms, Total
+from diffalign.objectives.base import (
+    Data,
+    GroupTerms,
+    ImageTerms,
+    LabelTerms,
+    LossOutput,
+    Need,
+    Objective,
+    PairTerms,
+    RewardTerms,
+    StepTerms,
+    Terms,
+    Total,
+)
+from diffalign.objectives.direct import DRaFT, ReFL
+from diffalign.objectives.forward import AWM, CRD, DGPO, NFT, RWR
 from diffalign.objectives.listwise import NCA, PRO, InfoNCA, PlackettLuce, RankDPO
 from diffalign.objectives.metrics import group_metrics, label_metrics, metrics_of, pair_metrics
 from diffalign.objectives.pairwise import (
@@ -30,8 +45,10 @@ from diffalign.objectives.pairwise import (
     Sigmoid,
     SPPOHard,
 )
+from diffalign.objectives.policy import PPO, FlowDPPO, GRPOGuard, Reinforce
 from diffalign.objectives.reference_free import CPO, ORPO, MaPO, RePO, SimPO
 from diffalign.objectives.scored import MADPO, ODPO, RDP, MaPPO, Omni, SmPO, Soft
+from diffalign.objectives.stepwise import PRDP, SPO
 from diffalign.objectives.supervised import KL, SFT
 from diffalign.objectives.unpaired import BCO, DDO, KTO, NPO, PMPO
 from diffalign.spec import Choice
@@ -51,15 +68,17 @@ CLASSES: tuple[type[Objective], ...] = (
     RankDPO, InfoNCA, NCA, PlackettLuce, PRO,
     # to imitate
     SFT, KL,
+    # online: steps of trajectories, pairs of steps, own samples, groups of them, differentiable rewards
+    Reinforce, PPO, GRPOGuard, FlowDPPO, SPO, PRDP, NFT, AWM, RWR, DGPO, CRD, DRaFT, ReFL,
 )  # fmt: skip
 
 OBJECTIVES = Choice(
     Objective,
     {cls.model_fields["type"].default: cls for cls in CLASSES},
-    aliases={"dpo": "sigmoid", "spin": "sigmoid", "rebel": "rdp"},
+    aliases={"dpo": "sigmoid", "spin": "sigmoid", "rebel": "rdp", "grpo": "ppo", "d3po": "spo"},
 )
 
 __all__ = [
-    "CLASSES", "OBJECTIVES", "SFT", "Data", "GroupTerms", "LabelTerms", "LossOutput", "MaPO", "Need", "Objective",
-    "PairTerms", "Sigmoid", "Terms", "Total", "group_metrics", "label_metrics", "metrics_of", "pair_metrics",
+    "CLASSES", "OBJECTIVES", "SFT", "Data", "GroupTerms", "ImageTerms", "LabelTerms", "LossOutput", "MaPO", "Need", "Objective",
+    "PairTerms", "RewardTerms", "Sigmoid", "StepTerms", "Terms", "Total", "group_metrics", "label_metrics", "metrics_of", "pair_metrics",
 ]  # fmt: skip

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from diffalign.spec import Spec
 
-Data = Literal["pairs", "labels", "groups"]
-Need = Literal["loser", "reference", "p_win", "scores", "distance", "overlap"]
+Data = Literal["pairs", "labels", "groups", "steps", "images", "rewards"]
+Need = Literal["loser", "reference", "p_win", "scores", "distance", "overlap", "old", "residual"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,9 @@ class PairTerms(Terms):
     """(B,) external rewards."""
     overlap: Tensor | None = None
     """(B,) mean product of winner's and loser's residuals, detached."""
+    old_winner: Tensor | None = None
+    old_loser: Tensor | None = None
+    """(B,) errors under the policy that sampled the pair."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,47 @@ class GroupTerms(Terms):
 
 
 @dataclass(frozen=True)
+class StepTerms(Terms):
+    """B steps x_t to x_next of stochastic trajectories, (B,) each, under the policy, the one that sampled and the reference.
+
+    A step is N(mu, std^2) around the policy's mean. Means over dimensions, in fp32, as everywhere else.
+    """
+
+    log_ratio: Tensor
+    """log p(x_next) - log p_old(x_next) = mean[(mu - mu_old)(2 x_next - mu - mu_old)] / (2 std^2), which is 0 without rounding
+    where the policy is the one that sampled. With gradient."""
+    advantage: Tensor
+    kl_old: Tensor
+    """KL of the step to the policy that sampled, mean (mu - mu_old)^2 / (2 std^2). With gradient."""
+    std: Tensor
+    dt: Tensor
+    """Length of the step as a share of the path, above 0: |sigma_next - sigma| on a flow path."""
+    kl_ref: Tensor | None = None
+    """The same to the reference. With gradient."""
+
+
+@dataclass(frozen=True)
+class ImageTerms(Terms):
+    """Denoise errors of B images that a policy made, noised again, and the advantage of each, (B,) each."""
+
+    error: Tensor
+    advantage: Tensor
+    old: Tensor | None = None
+    """Error under the policy that sampled, at the same (t, eps)."""
+    ref: Tensor | None = None
+    residual: Tensor | None = None
+    residual_old: Tensor | None = None
+    """(B, D) x0_hat - x0, of the policy (with gradient) and of the one that sampled."""
+
+
+@dataclass(frozen=True)
+class RewardTerms(Terms):
+    """Differentiable rewards of B images, (B,), or (B, R) where several count each for itself. With gradient."""
+
+    reward: Tensor
+
+
+@dataclass(frozen=True)
 class LossOutput:
     """``loss`` (B,), before the mean; ``metrics`` name to (B,), detached; ``state`` for the next call."""
 
@@ -79,7 +123,8 @@ class Objective(Spec):
     """A loss over preference terms. The configuration is the object: frozen fields and a pure call."""
 
     data: ClassVar[Data] = "pairs"
-    """What is trained on: pairs (:class:`PairTerms`), labels (:class:`LabelTerms`) or groups (:class:`GroupTerms`)."""
+    """What is trained on: pairs (:class:`PairTerms`), labels (:class:`LabelTerms`) or groups (:class:`GroupTerms`); of a policy's
+    own samples, steps (:class:`StepTerms`), images (:class:`ImageTerms`) or rewards (:class:`RewardTerms`)."""
     needs: ClassVar[frozenset[Need]] = frozenset()
     paper: ClassVar[str] = ""
     """Where the formula comes from."""
@@ -87,6 +132,8 @@ class Objective(Spec):
     """What the tests compare it with."""
     by_row: ClassVar[bool] = True
     """Whether each row's loss depends on that row alone."""
+    held: ClassVar[bool] = False
+    """Whether a factor of the loss is held constant, so that its gradient is not that of its value."""
 
     weight: float = Field(default=1.0, gt=0)
     """Factor of this loss where several are summed."""

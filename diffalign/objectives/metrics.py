@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffalign.objectives.base import GroupTerms, LabelTerms, PairTerms, Terms
+from diffalign.objectives.base import GroupTerms, ImageTerms, LabelTerms, PairTerms, RewardTerms, StepTerms, Terms
 
 QUARTILES = ("q1", "q2", "q3", "q4")
 
@@ -63,6 +63,40 @@ def group_metrics(terms: GroupTerms) -> dict[str, Tensor]:
     return {k: v.detach() for k, v in out.items()}
 
 
+def step_metrics(terms: StepTerms) -> dict[str, Tensor]:
+    """Ratio to the policy that sampled, its largest distance from 1 in the batch (in one row, NaN in the others), and KLs, (B,)."""
+    ratio = terms.log_ratio.exp()
+    largest = torch.full_like(ratio, float("nan"))
+    largest[:1] = (ratio - 1).abs().max()
+    out = {"ratio": ratio, "ratio/largest_off_1": largest, "kl/old": terms.kl_old}
+    if terms.kl_ref is not None:
+        out["kl/ref"] = terms.kl_ref
+    return {k: v.detach() for k, v in out.items()}
+
+
+def image_metrics(terms: ImageTerms) -> dict[str, Tensor]:
+    """Errors, drifts from the reference of images with an advantage above and below 0 (NaN on the others), and ``deviation/old``.
+
+    The deviation is the mean square of x0_hat - x0_hat_old, or e - e_old where residuals are not given: where it stays exactly
+    0, the policy is never compared with an older one.
+    """
+    out = {"error": terms.error}
+    if terms.residual is not None and terms.residual_old is not None:
+        out["deviation/old"] = (terms.residual - terms.residual_old).flatten(1).square().mean(1)
+    elif terms.old is not None:
+        out["deviation/old"] = terms.error - terms.old
+    if terms.ref is not None:
+        drift = terms.error - terms.ref
+        out["drift/winner"] = drift.masked_fill(terms.advantage <= 0, float("nan"))
+        out["drift/loser"] = drift.masked_fill(terms.advantage >= 0, float("nan"))
+    return {k: v.detach() for k, v in out.items()}
+
+
+def reward_metrics(terms: RewardTerms) -> dict[str, Tensor]:
+    """The reward, the mean of several."""
+    return {"reward": terms.reward.detach().reshape(len(terms.reward), -1).mean(1)}
+
+
 def metrics_of(terms: Terms) -> dict[str, Tensor]:
     """What is logged of any terms."""
     match terms:
@@ -72,4 +106,10 @@ def metrics_of(terms: Terms) -> dict[str, Tensor]:
             return label_metrics(terms)
         case GroupTerms():
             return group_metrics(terms)
+        case StepTerms():
+            return step_metrics(terms)
+        case ImageTerms():
+            return image_metrics(terms)
+        case RewardTerms():
+            return reward_metrics(terms)
     raise TypeError(type(terms).__name__)
