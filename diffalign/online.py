@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from diffalign.data.prompts import Prompt, normalised
 from diffalign.errors import ConfigError
 from diffalign.evaluation import prompts_of
+from diffalign.rollout import check
+from diffalign.rules import ODE
 from diffalign.scoring import make_scorers
 from diffalign.train.online import OnlineFeed
 from diffalign.train.references import Periodic
@@ -43,12 +45,13 @@ def consistent(c: TrainConfig) -> None:
         raise ValueError("reference.max_drift is measured on stored winners, which online has none of: drop it")
     if c.train.metric_for_best.startswith("heldout/") and (c.train.early_stopping_patience or c.train.load_best):
         raise ValueError("online holds out no pairs: set train.metric_for_best=select/score")
-    if online.group_size < 2 and (total.data in ("pairs", "groups") or online.advantages.compares_within_groups):
+    if online.group_size < 2 and (total.data in ("pairs", "groups") or online.advantages.baseline != "running"):
         raise ValueError("online.group_size 1 leaves nothing to compare: raise it, or set online.advantages.baseline=running")
     if total.data in ("pairs", "groups") and online.rollout.batch_size % online.group_size:
         raise ValueError(f"{names} needs whole groups: make online.rollout.batch_size a multiple of online.group_size")
     if total.data == "steps":
-        online.rollout.check()
+        if isinstance(online.rollout.rule, ODE):
+            raise ValueError(f"{names} needs steps with noise, but online.rollout.rule is ode: use ddim, flow_sde, dance_sde or cps")
         if online.rollout.batch_size % c.train.per_device_train_batch_size:
             raise ValueError(
                 f"online.rollout.batch_size {online.rollout.batch_size} must be a multiple of "
@@ -79,9 +82,9 @@ def online_feed(
             f"{spec.updates} updates",
             hint="change online.prompts_per_rollout or online.rollout.batch_size",
         )
-    spec.rollout.check_model(model)
     said = {normalised(p.text) for p in asked}
     prompts = [p for p in prompts_of(spec.prompts, spec.num_prompts, s.seed) if normalised(p.text) not in said]
+    check(model, spec.rollout, prompts)
     if not prompts:
         raise ConfigError("online.prompts: all of them are evaluated on", hint="use other prompts")
     return OnlineFeed(
@@ -111,13 +114,13 @@ def check_ratio(config: TrainConfig, feed: OnlineFeed, autocast: Callable[[], Ab
     """
     found = feed.preflight(autocast)
     ranges = [r for o in config.total.parts if (r := getattr(o, "clip_range", None))]
-    log.info("preflight: largest |ratio - 1| of the unchanged policy is %.3g; %s", found.noise, found)
+    log.info("the unchanged policy replayed: largest |ratio - 1| is %.3g; steps %s are trained", found.ratio_error, found.trained)
     for clip in ranges:
-        if clip < CLIP_OVER_NOISE * found.noise:
+        if clip < CLIP_OVER_NOISE * found.ratio_error:
             raise ConfigError(
-                f"objective.clip_range {clip:g} is below {CLIP_OVER_NOISE:g} times {found.noise:.3g}, the largest |ratio - 1| "
+                f"objective.clip_range {clip:g} is below {CLIP_OVER_NOISE:g} times {found.ratio_error:.3g}, the largest |ratio - 1| "
                 "of a policy that has not changed: it would gate on rounding",
                 hint="widen it, or replay as sampled: train.per_device_train_batch_size = online.rollout.batch_size, "
                 "mixed_precision no, guidance_scale 1",
             )
-    return found.facts()
+    return {"ratio_noise": found.ratio_error, "noise_excess": found.excess}

@@ -340,7 +340,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a window beyond the steps": (
         {"online": {"rollout": {"window": {"type": "fixed", "start": 2, "size": 2}, "num_inference_steps": 3}}}, "window"
     ),
-    "a rule without noise": ({"online": {"rollout": {"rule": {"type": "ode"}}}}, "noise"),
+    "a rule without noise": ({"online": {"rollout": {"rule": {"type": "ode"}}}}, "steps with noise"),
     "several noises of steps": ({"online": {"repeats": 2}}, "repeats"),
     "captions dropped": ({"train": {"caption_dropout": 0.1}}, "drop"),
     "no pairs to stop on": ({"train": {"early_stopping_patience": 2}}, "select/score"),
@@ -367,7 +367,7 @@ def test_a_clip_range_under_the_noise_is_refused_before_training(tiny: Path, tmp
     from diffalign import rollout
 
     honest = rollout.replay
-    monkeypatch.setattr("diffalign.rollout.replay", lambda *a, **k: honest(*a, **k) * (1 + 1e-4))  # a kernel that rounds otherwise
+    monkeypatch.setattr("diffalign.preflight.replay", lambda *a, **k: honest(*a, **k) * (1 + 1e-4))  # a kernel that rounds otherwise
     sections = small(tiny, tmp_path / "run", objective={"type": "ppo", "clip_range": 1e-6})
     with pytest.raises(ConfigError, match="clip_range"):
         train(validate(TrainConfig, sections))

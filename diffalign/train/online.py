@@ -9,21 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from diffalign.advantages import Advantages, Running
+from diffalign.advantages import Advantages, History
 from diffalign.data.prompts import Prompt
 from diffalign.models import Cond, Model
 from diffalign.objectives import Data, Need, StepTerms, Terms
 from diffalign.pairs import PAIR_RULES, BestWorst, Group, PairRule
-from diffalign.path import Coeffs, kl, log_ratio
-from diffalign.rollout import Preflight, RolloutSettings, Trajectories, preflight, replay, rollout
-from diffalign.sampling import Item, item_seed
+from diffalign.path import kl, log_ratio
+from diffalign.preflight import Preflight, preflight
+from diffalign.rollout import RolloutSettings, Trajectories, conditions, replay, rollout
+from diffalign.sampling import Item, encode_once, item_seed
 from diffalign.spec import Spec
 from diffalign.timesteps import TimestepPolicy
 from diffalign.train.coupling import Coupling, draw
@@ -31,6 +32,8 @@ from diffalign.train.rewards import Rewards, RewardSpec
 from diffalign.train.terms import Batch, terms_of
 
 OLD = "old"
+STANDARDS = 4
+"""Samples of the reference per prompt that a reward is compared with (PAR)."""
 
 
 class Behaviour(Spec):
@@ -92,7 +95,7 @@ class Online(Spec):
 
 @dataclass(frozen=True)
 class Block:
-    """B images that were sampled together, and all that training on them needs."""
+    """B images that were sampled together, or those of them that are kept, and all that training on them needs."""
 
     items: list[Item]
     paths: Trajectories
@@ -142,8 +145,11 @@ class OnlineFeed:
         self.gather, self.bare, self.log = gather, bare, log
         self.epoch = -1
         self.blocks: list[Block] = []
-        self.running = Running()
-        self.texts: dict[str | None, Cond] = {}
+        self.history: History = {}
+        """Past rewards of each prompt."""
+        self.standards: dict[str, list[list[float]]] = {}
+        """Rewards of the reference's own samples of each prompt: name by name."""
+        self._encoded: tuple[Block | None, Any, Any] = (None, None, None)
         self.unpaid = 0
         """Denoiser passes of the last rollout that no terms have been charged with yet."""
 
@@ -171,18 +177,19 @@ class OnlineFeed:
     def state(self) -> dict[str, Any]:
         """All that the next step needs, as tensors and plain values: images are kept, not sampled again."""
         blocks = [
-            {"paths": _tensors(b.paths), "advantages": b.advantages, "rewards": b.rewards, "epoch": self.epoch, "number": n}
-            for n, b in enumerate(self.blocks)
-        ]
-        return {"epoch": self.epoch, "blocks": blocks, "running": self.running.state()}
+            {"rows": _rows(b.items, whole), "paths": b.paths.state(), "advantages": b.advantages, "rewards": b.rewards}
+            for b, whole in zip(self.blocks, self._plan(self.epoch), strict=True)
+        ] if self.blocks else []
+        kept = {"epoch": self.epoch, "calls": self.rewards.calls, "history": self.history, "standards": self.standards}
+        return kept | {"blocks": blocks}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Back to what :meth:`state` gave."""
-        self.epoch, self.running = state["epoch"], Running.of(state["running"])
-        plan = self._plan(self.epoch) if state["blocks"] else []
+        self.epoch, self.rewards.calls = state["epoch"], state["calls"]
+        self.history, self.standards = state["history"], state["standards"]
         self.blocks = [
-            Block(items, _trajectories(b["paths"], self.model), b["advantages"], b["rewards"])
-            for items, b in zip(plan, state["blocks"], strict=True)
+            Block([items[i] for i in b["rows"]], Trajectories.of(b["paths"]), b["advantages"], b["rewards"])
+            for items, b in zip(self._plan(self.epoch) if state["blocks"] else [], state["blocks"], strict=True)
         ]
 
     def totals(self) -> dict[str, Any]:
@@ -213,41 +220,81 @@ class OnlineFeed:
     def _collect(self, epoch: int, step: int) -> None:
         """Sample, score and weigh the images of an epoch."""
         model, spec = self.model, self.spec
-        weights = model.named_weights
         if spec.old is not None or "old" in self.needs:
-            follow(weights, 0.0 if spec.old is None else spec.old.decay(epoch))
-        self.texts = {}
-        plan, paths, scored = self._plan(epoch), list[Trajectories](), list[Future[Tensor]]()
+            follow(model.named_weights, 0.0 if spec.old is None else spec.old.decay(epoch))
+        plan = self._plan(epoch)
         model.net.eval()
-        with self.bare(), model.weights(OLD) if spec.old else nullcontext(), ThreadPoolExecutor(1) as scoring:
-            for items in plan:  # the pictures of one block are scored while the next is sampled
-                paths.append(rollout(model, items, spec.rollout, self.seed, epoch))
-                pixels = model.decode(paths[-1].x0)
-                scored.append(scoring.submit(self.rewards, pixels, [item.prompt.text for item in items]))
-            values = torch.stack([f.result() for f in scored], 1)  # (names, blocks, B)
+        with self.bare(), model.weights(OLD) if spec.old else nullcontext():
+            paths, values = self._sampled(plan, epoch)
+        if spec.advantages.shaping == "par":
+            with self.bare(), model.weights("reference"):
+                self._set_standards(plan)
         model.net.train()
-        advantages, rewards, facts = self._weigh(values, epoch)
-        self.blocks = [Block(*row) for row in zip(plan, paths, advantages, rewards, strict=True)]
+        advantages, rewards, kept, facts = self._weigh(plan, values, epoch)
+        self.blocks = []
+        for items, path, a, r, k in zip(plan, paths, advantages, rewards, kept, strict=True):
+            rows = k.nonzero().flatten().tolist() if spec.advantages.keep is not None else list(range(len(items)))
+            self.blocks.append(Block([items[i] for i in rows], path[rows], a[rows], r[rows]))
         self.epoch = epoch
-        passes = 2 if spec.rollout.guidance_scale > 1 and model.takes_negative else 1
-        self.unpaid = len(plan) * spec.rollout.batch_size * spec.rollout.num_inference_steps * passes
         self.log(step, facts)
 
-    def _weigh(self, values: Tensor, epoch: int) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """Advantages and rewards (blocks, B) of this process, from the values (names, blocks, B) of all."""
-        spec = self.spec
-        everyone = self.gather(values.transpose(0, 1).contiguous())  # process by process
-        names, size = values.shape[0], values.shape[2]
-        inorder = everyone.view(self.world, -1, names, size).transpose(0, 1).reshape(-1, names, size)
-        grouped = inorder.transpose(0, 1).reshape(names, spec.prompts_per_rollout, spec.group_size)
-        prompts = [self._prompt(epoch * spec.prompts_per_rollout + g).id for g in range(spec.prompts_per_rollout)]
-        found = spec.advantages(grouped.double(), self.rewards.weights, prompts, self.running)
-        mine = slice(self.rank, None, self.world)
-        advantages = found.advantages.float().view(-1, size)[mine]
-        rewards = self.rewards.total(grouped)
-        facts = {"rollout/reward": rewards.nanmean().item(), "rollout/reward_std": _within(rewards), "rollout/epoch": epoch}
-        facts |= {f"rollout/{n}": v.nanmean().item() for n, v in zip(self.rewards.names, grouped, strict=True)}
-        return advantages, rewards.float().view(-1, size)[mine], facts | found.facts
+    def _sampled(self, plan: Sequence[Sequence[Item]], epoch: int) -> tuple[list[Trajectories], Tensor]:
+        """Trajectories of the blocks and their values (names, blocks, B): one block is scored while the next is sampled."""
+        spec, model = self.spec.rollout, self.model
+        paths, scored = list[Trajectories](), list[Future[Tensor]]()
+        with ThreadPoolExecutor(1) as scoring:
+            for items in plan:
+                paths.append(rollout(model, items, spec, self.seed, epoch))
+                pixels = model.decode(paths[-1].x0)
+                scored.append(scoring.submit(self.rewards, pixels, [item.prompt.text for item in items]))
+            values = torch.stack([f.result() for f in scored], 1)
+        self.unpaid += sum(map(len, plan)) * spec.num_inference_steps * self._branches
+        return paths, values
+
+    def _set_standards(self, plan: Sequence[Sequence[Item]]) -> None:
+        """Rewards of ``STANDARDS`` samples of the reference for prompts that have none yet; always the same ones."""
+        new = {item.prompt.id: item.prompt for items in plan for item in items if item.prompt.id not in self.standards}
+        for name, prompt in new.items():
+            _, values = self._sampled([[Item(prompt, k) for k in range(STANDARDS)]], -1)
+            self.standards[name] = values[:, 0].tolist()
+
+    @property
+    def _branches(self) -> int:
+        """Passes of the network per prediction: two under classifier-free guidance."""
+        return 2 if self.spec.rollout.guidance_scale > 1 and self.model.takes_negative else 1
+
+    def _weigh(
+        self, plan: Sequence[Sequence[Item]], values: Tensor, epoch: int
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, float]]:
+        """Advantages, rewards and what is kept, (blocks, B) of this process, from the values (names, blocks, B) of all."""
+        spec, names = self.spec, self.rewards.names
+        n, k, size = spec.prompts_per_rollout, spec.group_size, values.shape[2]
+
+        def groups(mine: Tensor) -> Tensor:
+            """(names, blocks, B, ...) of every process to (names, G, K, ...) in the order of the plan."""
+            everyone = self.gather(mine.transpose(0, 1).contiguous()).unflatten(0, (self.world, -1))
+            return everyone.transpose(0, 1).flatten(0, 1).transpose(0, 1).flatten(1, 2).unflatten(1, (n, k))
+
+        def mine(of: Tensor) -> Tensor:
+            """(G, K) to this process's (blocks, B)."""
+            return of.reshape(-1, size)[self.rank :: self.world]
+
+        grouped = groups(values).double()
+        rewards = {name: grouped[i] for i, name in enumerate(names)}
+        standard = None
+        if spec.advantages.shaping == "par":
+            own = torch.tensor([[self.standards[item.prompt.id] for item in items] for items in plan])
+            each = groups(own.permute(2, 0, 1, 3))[:, :, 0].double()
+            standard = {name: each[i] for i, name in enumerate(names)}
+        prompts = [self._prompt(epoch * n + g).id for g in range(n)]
+        found = spec.advantages(
+            rewards, self.rewards.spec.weights, reference=standard, prompts=prompts, history=self.history
+        )
+        self.history = found.history
+        total = self.rewards.total(grouped)
+        facts = {"rollout/reward": total.nanmean().item(), "rollout/reward_std": _within(total), "rollout/epoch": float(epoch)}
+        facts |= {f"rollout/{name}": r.nanmean().item() for name, r in rewards.items()}
+        return mine(found.values.float()), mine(total.float()), mine(found.kept), facts | found.metrics
 
     # --- micro-batches ------------------------------------------------------------------------------------------------
 
@@ -313,34 +360,22 @@ class OnlineFeed:
             torch.tensor([height, width, 0, 0, height, width]).expand(*x0.shape[:2], 6),
             torch.stack(noises),
             torch.stack(us),
-            (tuple(p.text for p in prompts) if self.model.trains_texts else self._cond([p.text for p in prompts]),),
+            (tuple(p.text for p in prompts) if self.model.trains_texts else encode_once(self.model, [p.text for p in prompts]),),
             torch.tensor([x.weight for x in some]),
             self.data,
             facts,
         )
 
-    def _cond(self, texts: Sequence[str | None]) -> Cond:
-        """Encoded one by one and once per epoch, so that a prompt reads the same in any batch and after resuming."""
-        if self.model.trains_texts:
-            return self.model.encode_prompts(texts)
-        for text in dict.fromkeys(texts):
-            if text not in self.texts:
-                self.texts[text] = self.model.encode_prompts([text])
-        return Cond.cat([self.texts[text] for text in texts])
-
     def _step_terms(self, model: Model, batch: StepBatch, needs: frozenset[Need], reference: str) -> StepTerms:
         """One step of stored trajectories under the policy, and under the reference if asked for."""
-        block, rows, slot = batch.block, batch.rows, batch.slot
-        paths, items = block.paths, block.items[rows]
-        cond = self._cond([item.prompt.text for item in items])
-        negative = None
-        if any(item.prompt.negative for item in items):
-            negative = self._cond([item.prompt.negative or None for item in items])
+        rows, slot, settings = batch.rows, batch.slot, self.spec.rollout
+        some, items = batch.block.paths[rows], batch.block.items[rows]
 
         def mean() -> Tensor:
-            return replay(model, paths, rows, slot, cond, self.spec.rollout, negative)
+            cond, negative = self._read(batch)
+            return replay(model, some, slot, cond, settings, negative)
 
-        std, old, arrived = paths.std[rows, slot], paths.mean[rows, slot], paths.x_next[rows, slot]
+        std, old, arrived = some.std[:, slot], some.mean[:, slot], some.x_next[:, slot]
         kl_ref, passes = None, 3
         if "reference" in needs:
             with torch.no_grad(), model.weights(reference):
@@ -349,20 +384,26 @@ class OnlineFeed:
         here = mean()
         if "reference" in needs:
             kl_ref = kl(here, there, std)
-        steps = self.spec.rollout.num_inference_steps
-        sigma, after = paths.c.sigma[rows, slot], paths.c_next.sigma[rows, slot]
-        guided = 2 if self.spec.rollout.guidance_scale > 1 and model.takes_negative else 1
+        steps, travelled = settings.num_inference_steps, some.c.sigma[:, slot] - some.c_next.sigma[:, slot]
         return StepTerms(
             log_ratio=log_ratio(here, old, arrived, std),
-            advantage=block.advantages[rows],
+            advantage=batch.block.advantages[rows],
             kl_old=kl(here, old, std),
             std=std,
-            dt=sigma - after if model.kind == "flow" else torch.full_like(std, 1 / steps),
+            dt=travelled if model.kind == "flow" else torch.full_like(std, 1 / steps),
             kl_ref=kl_ref,
-            t=paths.steps[rows, slot].float() / steps,
+            t=1 - some.steps[:, slot].float() / steps,
             images=len(items) if slot == 0 else 0,
-            cost=len(items) * passes * guided,
+            cost=len(items) * passes * self._branches,
         )
+
+    def _read(self, batch: StepBatch) -> tuple[Cond, Cond | None]:
+        """The block's prompts, encoded as they were when it was sampled: all together, once for all its parts and steps."""
+        model, block = self.model, batch.block
+        if self._encoded[0] is not block or model.trains_texts:
+            self._encoded = (block, *conditions(model, block.items, self.spec.rollout))
+        _, cond, negative = self._encoded
+        return cond[batch.rows], None if negative is None else negative[batch.rows]
 
 
 @dataclass(frozen=True)
@@ -385,3 +426,9 @@ def follow(weights: Any, decay: float) -> None:
 def _within(rewards: Tensor) -> float:
     """Mean deviation within the groups, (G, K)."""
     return (rewards - rewards.nanmean(-1, keepdim=True)).square().nanmean(-1).sqrt().nanmean().item()
+
+
+def _rows(some: Sequence[Item], of: Sequence[Item]) -> list[int]:
+    """Where the items of a block stand in the plan."""
+    place = {item: i for i, item in enumerate(of)}
+    return [place[item] for item in some]

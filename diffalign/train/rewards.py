@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffalign.data.files import atomic
 from diffalign.data.images import to_pil, to_uint8
-from diffalign.errors import DiffalignError
+from diffalign.errors import ConfigError, DiffalignError
 from diffalign.scorers import Scorer, ScoreInput
 from diffalign.scorers.base import isolated
 from diffalign.spec import Spec
@@ -83,5 +83,8 @@ class Rewards:
             found = isolated(scorer, batch)
             values |= found.values
             errors |= {i: f"{scorer.name}: {e}" for i, e in enumerate(found.errors) if e}
+        unknown = [name for name in self.names if name not in values]
+        if unknown and not errors:
+            raise ConfigError(f"online.reward.weights: no scorer gives {unknown[0]!r}", hint=f"given: {', '.join(values)}")
         missing = torch.full((len(batch),), torch.nan)
         return torch.stack([values.get(name, missing) for name in self.names]), errors
