@@ -206,7 +206,8 @@ class OnlineFeed:
     def _plan(self, epoch: int) -> list[list[Item]]:
         """The items of this process's blocks: block n of all goes to process n mod world."""
         n, k = self.spec.prompts_per_rollout, self.spec.group_size
-        items = [Item(self._prompt(epoch * n + g), epoch * k + j) for g in range(n) for j in range(k)]
+        turn = [(epoch * n + g) // len(self.prompts) for g in range(n)]  # in which a prompt comes once
+        items = [Item(self._prompt(epoch * n + g), turn[g] * k + j) for g in range(n) for j in range(k)]
         size = self.spec.rollout.batch_size
         return [items[i : i + size] for i in range(self.rank * size, len(items), self.world * size)]
 
@@ -316,10 +317,9 @@ class OnlineFeed:
         most = int(self.gather(mine).max().item())  # pairs are as many as groups that are no ties: processes differ
         total = self.gather(torch.tensor([float(sum(x.weight > 0 for x in found))])).sum().item()
         found += [replace(x, weight=0.0) for x in (self._examples(anything=True)[:1] * (most - len(found)))]
-        size = min(self.batch_size, most)
-        for use in range(self.spec.repeats):
-            for start in range(0, most, size):
-                some = found[start : start + size]
+        for use in range(self.spec.repeats if most else 0):
+            for start in range(0, most, self.batch_size):
+                some = found[start : start + self.batch_size]
                 scale = most * self.world / max(1.0, total)  # so that the mean is one over what counts
                 yield self._batch([replace(x, weight=x.weight * scale) for x in some], (inner, use))
 
