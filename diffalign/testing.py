@@ -74,10 +74,8 @@ def random_steps(needs: frozenset[str], rows: int = 8, seed: int = 0) -> StepTer
     log_ratio = 1e-3 * torch.randn(rows, generator=g, dtype=torch.double)
     size, kl, ref, std, t = torch.rand(5, rows, generator=g, dtype=torch.double)
     advantage = (0.1 + size) * (1 - 2 * (torch.arange(rows) % 2))
-    return StepTerms(
-        log_ratio, advantage, 1e-4 * kl, 0.1 + 0.5 * std, torch.full_like(t, 0.1), 1e-4 * ref if "reference" in needs else None,
-        t=t,
-    )  # fmt: skip
+    kl_ref = 1e-4 * ref if "reference" in needs else None
+    return StepTerms(log_ratio, advantage, 1e-4 * kl, 0.1 + 0.5 * std, torch.full_like(t, 0.1), kl_ref, t=t)
 
 
 def random_images(needs: frozenset[str], rows: int = 8, seed: int = 0) -> ImageTerms:
@@ -168,9 +166,10 @@ def check_objective(objective: Objective, prefers: bool = True) -> None:
     """Assert what holds for every objective; raises AssertionError that says what does not.
 
     It must return one finite loss per row that depends on that row alone (unless ``by_row`` is False), with gradients that
-    agree with finite differences (unless ``held`` says that a factor is held constant); from the reference on, a lower error of what is good and a higher one of what is bad
-    must lower the loss, and neither of them alone may raise it (not asked of a regulariser, which ``prefers`` nothing);
-    it must use only what it declares in ``needs``; and its configuration must survive a round trip.
+    agree with finite differences (unless ``held`` says that a factor is constant); from the reference on, a lower error of
+    what is good and a higher one of what is bad must lower the loss, and neither of them alone may raise it (not asked of a
+    regulariser, which ``prefers`` nothing); it must use only what it declares in ``needs``; and its configuration must survive
+    a round trip.
     """
     terms = terms_for(objective)
     out = objective(terms, {})

@@ -79,6 +79,7 @@ OBJECTIVES = Choice(
 )
 
 __all__ = [
-    "CLASSES", "OBJECTIVES", "SFT", "Data", "GroupTerms", "ImageTerms", "LabelTerms", "LossOutput", "MaPO", "Need", "Objective",
-    "PairTerms", "RewardTerms", "Sigmoid", "StepTerms", "Terms", "Total", "group_metrics", "label_metrics", "metrics_of", "pair_metrics",
+    "CLASSES", "OBJECTIVES", "SFT", "Data", "GroupTerms", "ImageTerms", "LabelTerms", "LossOutput", "MaPO", "Need",
+    "Objective", "PairTerms", "RewardTerms", "Sigmoid", "StepTerms", "Terms", "Total", "group_metrics", "label_metrics",
+    "metrics_of", "pair_metrics",
 ]  # fmt: skip

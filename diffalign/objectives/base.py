@@ -77,8 +77,8 @@ class StepTerms(Terms):
     """
 
     log_ratio: Tensor
-    """log p(x_next) - log p_old(x_next) = mean[(mu - mu_old)(2 x_next - mu - mu_old)] / (2 std^2), which is 0 without rounding
-    where the policy is the one that sampled. With gradient."""
+    """log p(x_next) - log p_old(x_next) = mean[(mu - mu_old)(2 x_next - mu - mu_old)] / (2 std^2), exactly 0 where the policy
+    is the one that sampled. With gradient."""
     advantage: Tensor
     kl_old: Tensor
     """KL of the step to the policy that sampled, mean (mu - mu_old)^2 / (2 std^2). With gradient."""
@@ -123,8 +123,8 @@ class Objective(Spec):
     """A loss over preference terms. The configuration is the object: frozen fields and a pure call."""
 
     data: ClassVar[Data] = "pairs"
-    """What is trained on: pairs (:class:`PairTerms`), labels (:class:`LabelTerms`) or groups (:class:`GroupTerms`); of a policy's
-    own samples, steps (:class:`StepTerms`), images (:class:`ImageTerms`) or rewards (:class:`RewardTerms`)."""
+    """What is trained on: pairs (:class:`PairTerms`), labels (:class:`LabelTerms`) or groups (:class:`GroupTerms`); of the
+    policy's own samples, steps (:class:`StepTerms`), images (:class:`ImageTerms`) or rewards (:class:`RewardTerms`)."""
     needs: ClassVar[frozenset[Need]] = frozenset()
     paper: ClassVar[str] = ""
     """Where the formula comes from."""

@@ -24,7 +24,7 @@ class DRaFT(Objective):
 
 
 class ReFL(Objective):
-    """ReFL: max(0, target - R), summed over rewards (IterComp): no gradient beyond the target; the authors' ``weight`` is 1e-3."""
+    """ReFL: max(0, target - R), summed over rewards (IterComp): no gradient beyond the target. Published with weight 1e-3."""
 
     type: Literal["refl"] = "refl"
     target: float = 2.0

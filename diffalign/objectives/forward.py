@@ -58,7 +58,7 @@ Weighting = Literal["uniform", "t", "t2", "huber", "ghuber"]
 
 
 class AWM(Objective):
-    """AWM: PPO's clip on rho = exp(l_old - l), l the weighted denoise error: max(-A rho, -A clip(rho, 1 +- eps)) + beta |f - f_ref|^2.
+    """AWM: max(-A rho, -A clip(rho, 1 +- eps)) + beta |f - f_ref|^2, rho = exp(l_old - l), l the weighted denoise error.
 
     l is e, t e, t^2 e, t (sqrt(e + 1e-10) - 1e-5), or t ((e + 1e-10)^p - 1e-10^p) / p.
     """
@@ -105,7 +105,7 @@ class AWM(Objective):
 
 
 class RWR(Objective):
-    """Reward-weighted regression: K sum_k w_k e_k with w = softmax(R / alpha) over the K images of a prompt: only imitation."""
+    """Reward-weighted regression: sum_k w_k e_k with w = softmax(R / alpha) over the K images of a prompt: only imitation."""
 
     type: Literal["rwr"] = "rwr"
     alpha: float = Field(default=1.0, gt=0)
@@ -124,7 +124,7 @@ class RWR(Objective):
 class DGPO(Listwise):
     """DGPO: -log sigmoid(mean_k A_k r_k) on a group's advantages A, centred, so that the partition function cancels.
 
-    Its gradient is that of the published sigma(mean_k A_k beta (e_k - e_ref_k)) mean_k A_k e_k with the sigma held, times beta.
+    Its gradient is beta times that of the published sigma(mean_k A_k beta (e_k - e_ref_k)) mean_k A_k e_k, the sigma held.
     """
 
     type: Literal["dgpo"] = "dgpo"

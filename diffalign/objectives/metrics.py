@@ -64,7 +64,7 @@ def group_metrics(terms: GroupTerms) -> dict[str, Tensor]:
 
 
 def step_metrics(terms: StepTerms) -> dict[str, Tensor]:
-    """Ratio to the policy that sampled, its largest distance from 1 in the batch (in one row, NaN in the others), and KLs, (B,)."""
+    """Ratio to the policy that sampled, its largest distance from 1 in the batch (one row, else NaN), and KLs, (B,)."""
     ratio = terms.log_ratio.exp()
     largest = torch.full_like(ratio, float("nan"))
     largest[:1] = (ratio - 1).abs().max()
@@ -75,7 +75,7 @@ def step_metrics(terms: StepTerms) -> dict[str, Tensor]:
 
 
 def image_metrics(terms: ImageTerms) -> dict[str, Tensor]:
-    """Errors, drifts from the reference of images with an advantage above and below 0 (NaN on the others), and ``deviation/old``.
+    """Errors, drifts from the reference of images with an advantage above or below 0 (NaN on others), and ``deviation/old``.
 
     The deviation is the mean square of x0_hat - x0_hat_old, or e - e_old where residuals are not given: where it stays exactly
     0, the policy is never compared with an older one.

@@ -43,8 +43,8 @@ class PolicyGradient(Objective):
     """
 
     beta: float = Field(default=0.0, ge=0)
-    """Weight of the KL to the reference, mean (mu - mu_ref)^2 / (2 std^2). Flow-GRPO's own leaves the step's length out of std,
-    so that its 0.04 is about 0.04 |dt| here."""
+    """Weight of the KL to the reference, mean (mu - mu_ref)^2 / (2 std^2). Flow-GRPO's own leaves the step's length out of
+    std, so that its 0.04 is 0.04 |dt| here."""
 
     data: ClassVar[Data] = "steps"
 
@@ -58,11 +58,11 @@ class PolicyGradient(Objective):
 
 
 class Reinforce(PolicyGradient):
-    """REINFORCE (DDPO-SF): -A log rho, whose gradient is -A times that of log p; one update per rollout, for it has no clip."""
+    """REINFORCE (DDPO-SF): -A log rho, whose gradient is -A times that of log p. One update a rollout: it has no clip."""
 
     type: Literal["reinforce"] = "reinforce"
 
-    paper: ClassVar[str] = "Black et al. 2023 (DDPO), eq. 6, arXiv 2305.13301"
+    paper: ClassVar[str] = "Black et al. 2023 (DDPO), arXiv 2305.13301"
     checked: ClassVar[str] = "the score of an explicit Gaussian by autograd"
 
     def __call__(self, terms: StepTerms, state: dict[str, Tensor]) -> LossOutput:
@@ -98,7 +98,7 @@ class PPO(Clipped):
 
 
 class GRPOGuard(Clipped):
-    """GRPO-Guard: PPO on log rho = (log p - log p_old + KL_old) std, divided by |dt|: without the bias, of one size at all steps.
+    """GRPO-Guard: PPO on log rho = (log p - log p_old + KL_old) std, divided by |dt|: no bias, and one size at all steps.
 
     The authors' code means KL_old over the batch as well, through an empty tuple of dimensions; here it is each row's own.
     """
@@ -115,7 +115,7 @@ class GRPOGuard(Clipped):
 
 
 class FlowDPPO(PolicyGradient):
-    """Flow-DPPO: -A rho, without rows that are KL_old >= tau away already and pushed further: A > 0 < log rho, or both below."""
+    """Flow-DPPO: -A rho, without rows with KL_old >= tau that are pushed further away: A and log rho of one sign."""
 
     type: Literal["flow_dppo"] = "flow_dppo"
     tau: float = Field(default=1e-5, gt=0)

@@ -1,7 +1,7 @@
 """Losses on pairs of steps: the pairwise ones, with e = mean (x_next - mu)^2 / (2 std^2) in place of a denoise error.
 
-Then e_ref - e is exactly log p(x_next) - log p_ref(x_next), and with kappa = 1 a reward is beta times that log ratio: TailorPO is
-``sigmoid`` on two steps from one x_t, online DPO on trajectories any other.
+Then e_ref - e is exactly log p(x_next) - log p_ref(x_next), and with kappa = 1 a reward is beta times that log ratio: TailorPO
+is ``sigmoid`` on two steps from one x_t, and any other loss on pairs has its form on steps.
 """
 
 from __future__ import annotations

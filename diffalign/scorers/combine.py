@@ -10,34 +10,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from diffalign.advantages import beats, hinge, par, rank, weighted, win_rate, zscore
 
-def weighted(values: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """sum_n w_n v_n over the names of ``weights``."""
-    return torch.stack([w * values[name] for name, w in weights.items()]).sum(0)
-
-
-def zscore(values: Tensor) -> Tensor:
-    """(v - mean) / std within the group, of the population; 0 where all are equal."""
-    centred = values - values.mean(-1, keepdim=True)
-    std = centred.square().mean(-1, keepdim=True).sqrt()
-    tiny = std <= 1e-6 * values.abs().amax(-1, keepdim=True)  # rounding of equal values is no difference
-    return torch.where(tiny, torch.zeros_like(centred), centred / std)
-
-
-def beats(values: Tensor) -> Tensor:
-    """(..., K, K): 1 where i is better than j, 0 where worse, one half where equal."""
-    return (values[..., :, None] - values[..., None, :]).sign() / 2 + 0.5
-
-
-def win_rate(wins: Tensor) -> Tensor:
-    """Mean over the others of P(i beats j), (..., K, K) to (..., K). Ties and unread verdicts are one half (Pref-GRPO)."""
-    k = wins.shape[-1]
-    return (wins.sum(-1) - wins.diagonal(dim1=-2, dim2=-1)) / (k - 1)
-
-
-def rank(values: Tensor) -> Tensor:
-    """Rank within the group, 0 worst to 1 best, ties shared: the win rate of the values themselves."""
-    return win_rate(beats(values))
+__all__ = [
+    "beats", "ensemble", "gate", "hinge", "minimum", "par", "rank", "weighted", "win_rate", "worst_off", "zscore",
+]  # fmt: skip
 
 
 def minimum(values: Mapping[str, Tensor]) -> Tensor:
@@ -56,19 +33,6 @@ def worst_off(values: Mapping[str, Tensor]) -> Tensor:
 def gate(values: Tensor, margin: Tensor, blocked: float) -> Tensor:
     """``values`` where the margin is above 0 (safe), ``blocked`` elsewhere; NaN where the margin is."""
     return torch.where(margin > 0, values, torch.where(margin.isnan(), margin, torch.full_like(values, blocked)))
-
-
-def par(values: Tensor, reference: Tensor, k: float = 1.0) -> Tensor:
-    """Preference as reward: mean_m sigmoid(k (r - r_m)), in (0, 1) (Fu et al. 2025).
-
-    ``reference`` (..., M) are rewards of the reference model on the same prompt; at most 10 do.
-    """
-    return torch.sigmoid(k * (values[..., :, None] - reference[..., None, :])).mean(-1)
-
-
-def hinge(values: Tensor, target: float) -> Tensor:
-    """-relu(target - v): no reward for going beyond the target (ReFL 2, DreamReward 4)."""
-    return -(target - values).relu()
 
 
 def ensemble(values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
