@@ -40,7 +40,9 @@ def consistent(c: TrainConfig) -> None:
     if c.data != DataSpec():
         raise ValueError("data is about stored examples, but online samples its own: drop data")
     if c.train.caption_dropout or c.coupling.captions == "own" or c.coupling.noise in ("stored", "inverted"):
-        raise ValueError("caption_dropout, coupling.captions: own, and stored or inverted noise are about stored examples: drop them")
+        raise ValueError(
+            "caption_dropout, coupling.captions: own, and stored or inverted noise are about stored examples: drop them"
+        )
     if isinstance(c.reference, Periodic) and c.reference.max_drift is not None:
         raise ValueError("reference.max_drift is measured on stored winners, which online has none of: drop it")
     if c.train.metric_for_best.startswith("heldout/") and (c.train.early_stopping_patience or c.train.load_best):
@@ -51,11 +53,13 @@ def consistent(c: TrainConfig) -> None:
         raise ValueError(f"{names} needs whole groups: make online.rollout.batch_size a multiple of online.group_size")
     if total.data == "steps":
         if isinstance(online.rollout.rule, ODE):
-            raise ValueError(f"{names} needs steps with noise, but online.rollout.rule is ode: use ddim, flow_sde, dance_sde or cps")
+            raise ValueError(
+                f"{names} needs steps with noise, not online.rollout.rule: ode; use ddim, flow_sde, dance_sde or cps"
+            )
         if online.rollout.batch_size % c.train.per_device_train_batch_size:
             raise ValueError(
                 f"online.rollout.batch_size {online.rollout.batch_size} must be a multiple of "
-                f"train.per_device_train_batch_size {c.train.per_device_train_batch_size}: trained steps are replayed in its parts"
+                f"train.per_device_train_batch_size {c.train.per_device_train_batch_size}: steps are replayed in its parts"
             )
         if online.repeats > 1:
             raise ValueError(f"online.repeats re-noises images, but {names} learns from the steps themselves: drop it")
@@ -106,7 +110,9 @@ def online_feed(
     )
 
 
-def check_ratio(config: TrainConfig, feed: OnlineFeed, autocast: Callable[[], AbstractContextManager[Any]]) -> dict[str, float]:
+def check_ratio(
+    config: TrainConfig, feed: OnlineFeed, autocast: Callable[[], AbstractContextManager[Any]]
+) -> dict[str, float]:
     """Replay one rollout as training will, and refuse to train where rounding alone would fill the clip range.
 
     Raises:
@@ -114,12 +120,14 @@ def check_ratio(config: TrainConfig, feed: OnlineFeed, autocast: Callable[[], Ab
     """
     found = feed.preflight(autocast)
     ranges = [r for o in config.total.parts if (r := getattr(o, "clip_range", None))]
-    log.info("the unchanged policy replayed: largest |ratio - 1| is %.3g; steps %s are trained", found.ratio_error, found.trained)
+    log.info(
+        "the unchanged policy replayed: largest |ratio - 1| is %.3g; steps %s are trained", found.ratio_error, found.trained
+    )
     for clip in ranges:
         if clip < CLIP_OVER_NOISE * found.ratio_error:
             raise ConfigError(
-                f"objective.clip_range {clip:g} is below {CLIP_OVER_NOISE:g} times {found.ratio_error:.3g}, the largest |ratio - 1| "
-                "of a policy that has not changed: it would gate on rounding",
+                f"objective.clip_range {clip:g} is below {CLIP_OVER_NOISE:g} times {found.ratio_error:.3g}, the largest "
+                "|ratio - 1| of a policy that has not changed: it would gate on rounding",
                 hint="widen it, or replay as sampled: train.per_device_train_batch_size = online.rollout.batch_size, "
                 "mixed_precision no, guidance_scale 1",
             )

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ class Coeffs:
 
     alpha: Tensor
     sigma: Tensor
+
+    def __getitem__(self, rows: Any) -> Coeffs:
+        return Coeffs(self.alpha[rows], self.sigma[rows])
 
     @property
     def snr(self) -> Tensor:
@@ -112,3 +115,27 @@ def log_density(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     s = std.float().view(-1, *(1,) * (x.dim() - 1))
     z = (x.float() - mean.float()) / s
     return (-0.5 * z.square() - s.log() - 0.5 * math.log(2 * math.pi)).flatten(1).mean(1)
+
+
+def log_ratio(mean: Tensor, mean_old: Tensor, x: Tensor, std: Tensor) -> Tensor:
+    r"""log N(x; mean, std^2) - log N(x; mean_old, std^2) per dimension, (B,): the logarithm of a policy ratio.
+
+    .. math:: \frac{1}{D} \sum_d \frac{(\mu - \mu_{old})(2 x - \mu - \mu_{old})}{2 s^2}
+
+    Equal to the difference of two :func:`log_density`, without the cancellation: it is exactly 0 where the means are equal.
+    """
+    m, old = _precise(mean), _precise(mean_old)
+    return _over_two_variances((m - old) * (2 * _precise(x) - m - old), std)
+
+
+def kl(mean: Tensor, other: Tensor, std: Tensor) -> Tensor:
+    """KL divergence of N(mean, std^2) from N(other, std^2) per dimension, (B,): mean of (mean - other)^2 / (2 std^2)."""
+    return _over_two_variances((_precise(mean) - _precise(other)).square(), std)
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _over_two_variances(product: Tensor, std: Tensor) -> Tensor:
+    return product.flatten(1).mean(1) / (2 * std.to(product).square())

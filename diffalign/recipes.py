@@ -18,7 +18,7 @@ from diffalign.building import build_model, environment, make_accelerator, ready
 from diffalign.data.files import atomic_folder, write_json, write_text
 from diffalign.errors import ConfigError, DataError
 from diffalign.evaluation import EvaluateSpec, asked_of, measure, prompts_of
-from diffalign.hub import cache_dir, licence
+from diffalign.hub import licence
 from diffalign.models import LoRA, Model, ModelSpec, Phase
 from diffalign.objectives import OBJECTIVES, Objective, Total, metrics_of
 from diffalign.online import check_ratio, online_feed
@@ -33,7 +33,6 @@ from diffalign.train.state import TrainSettings, TrainState, checkpoints, make_o
 from diffalign.training_data import DataSpec, consistent, offline_feeds
 
 if TYPE_CHECKING:
-    from diffalign.data.examples import Example
     from diffalign.data.pairs import Pair
 
 
@@ -185,7 +184,9 @@ def train(config: TrainConfig, pairs: Sequence[Pair] | None = None) -> Run:
     state.feed = feed
     if checkpoint is not None:
         state.load(checkpoint)
-    noise = check_ratio(config, feed, accelerator.autocast) if isinstance(feed, OnlineFeed) and objective.data == "steps" else {}
+    noise = (
+        check_ratio(config, feed, accelerator.autocast) if isinstance(feed, OnlineFeed) and objective.data == "steps" else {}
+    )
     if main:  # nothing was wrong: from here on the folder holds a run
         write_text(folder / "config.resolved.yaml", resolved)
         write_json(folder / "env.json", environment() | {"licences": licences(config)})

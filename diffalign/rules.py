@@ -7,7 +7,7 @@ a rule is the map from the coefficients at t and s to (k, d).
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -20,6 +20,9 @@ from diffalign.spec import Choice, Spec
 class Rule(Spec):
     """A one-step sampler."""
 
+    on: ClassVar[frozenset[str]] = frozenset({"noise", "flow"})
+    """Paths that it is defined on: that of noise prediction, alpha^2 + sigma^2 = 1, and that of flows, alpha + sigma = 1."""
+
     @abstractmethod
     def __call__(self, c: Coeffs, c_next: Coeffs) -> tuple[Tensor, Tensor]:
         """(k, d), both (B,), for a step from ``c`` to the less noisy ``c_next``."""
@@ -28,6 +31,7 @@ class Rule(Spec):
 class DDIM(Rule):
     """Song et al. 2020 (DDIM), eq. 12 and 16; eta = 1 is ancestral DDPM sampling."""
 
+    on = frozenset({"noise"})
     type: Literal["ddim"] = "ddim"
     eta: float = Field(default=0.0, ge=0.0, le=1.0)
     """Share of the posterior's noise that is added: 0 deterministic, 1 DDPM."""
@@ -49,6 +53,7 @@ class ODE(Rule):
 class FlowSDE(Rule):
     """Flow-GRPO (Liu et al. 2025): noise of rate a sqrt(sigma / (1 - sigma)), and the drift that keeps the marginals."""
 
+    on = frozenset({"flow"})
     type: Literal["flow_sde"] = "flow_sde"
     noise_level: float = Field(default=0.7, ge=0.0)
     """a in the paper."""
@@ -63,6 +68,7 @@ class FlowSDE(Rule):
 class DanceSDE(Rule):
     """DanceGRPO (Xue et al. 2025): the same drift correction under constant noise eta."""
 
+    on = frozenset({"flow"})
     type: Literal["dance_sde"] = "dance_sde"
     eta: float = Field(default=0.3, ge=0.0)
 
@@ -84,3 +90,20 @@ class CPS(Rule):
 
 
 RULES = Choice(Rule, {"ddim": DDIM, "ode": ODE, "flow_sde": FlowSDE, "dance_sde": DanceSDE, "cps": CPS})
+
+
+def noise_after(rule: Rule, c: Coeffs, c_next: Coeffs) -> Tensor:
+    """Standard deviation of all noise after a step with an exact prediction, (B,): sigma_next where marginals are kept."""
+    k, d = rule(c, c_next)
+    return torch.hypot(k, d)
+
+
+def trainable(rule: Rule, c: Coeffs) -> int:
+    """How many steps from the first have a density worth training on; ``c`` are the T + 1 coefficients of the whole grid.
+
+    A step without noise has none. Nor is one onto clean data trained: its sample is the image, and noise there, which some
+    rules add, is only seen as noise.
+    """
+    d, end = rule(c[:-1], c[1:])[1], c.sigma[1:]
+    usable = ((d > 0) & (end > 0)).tolist()
+    return usable.index(False) if False in usable else len(usable)

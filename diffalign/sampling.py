@@ -94,7 +94,7 @@ def sample(
     solver = solver_of(model, settings.num_inference_steps, scheduler)
     draws = generators(items, seed)
     x = torch.stack([torch.randn(model.latent_shape, generator=g) for g in draws])
-    encode = partial(_encoded_once, model) if once else model.encode_prompts
+    encode = partial(encode_once, model) if once else model.encode_prompts
     cond = encode([item.prompt.text for item in items])
     device = cond.embeds.device
     timesteps = solver.timesteps
@@ -115,7 +115,7 @@ def sample(
     return to_uint8(model.decode(x)).cpu()
 
 
-def _encoded_once(model: Model, texts: Sequence[str | None]) -> Cond:
+def encode_once(model: Model, texts: Sequence[str | None]) -> Cond:
     """(B) rows from each distinct prompt encoded once; which they are depends on the batch alone."""
     place = {text: n for n, text in enumerate(dict.fromkeys(texts))}
     return model.encode_prompts(list(place))[[place[text] for text in texts]]

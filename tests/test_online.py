@@ -192,7 +192,11 @@ def _constant(batch: Any) -> Any:
 
 def test_old_policy_follows_by_its_schedule(feed: Callable[..., OnlineFeed], model: Any) -> None:
     """old <- d old + (1 - d) policy, d = min(rate (n - flat), most)."""
-    f = feed("images", online(old={"rate": 0.5, "most": 0.75, "flat": 1}, rollout={"rule": {"type": "ode"}}), needs=frozenset({"old"}))
+    f = feed(
+        "images",
+        online(old={"rate": 0.5, "most": 0.75, "flat": 1}, rollout={"rule": {"type": "ode"}}),
+        needs=frozenset({"old"}),
+    )
     name = next(iter(model.named_weights.trainable()))
     p = model.named_weights.trainable()[name]
     start = p.detach().clone()
@@ -265,8 +269,17 @@ KINDS = {
     "ppo": {},
     "reinforce": {"online": {"updates": 2}},
     "sigmoid": {"online": {"rollout": {"rule": {"type": "ode"}, "num_inference_steps": 2, "batch_size": 4}}},
-    "nft": {"online": {"rollout": {"rule": {"type": "ode"}, "num_inference_steps": 2, "batch_size": 4}, "old": {"rate": 0.1}, "repeats": 2}},
-    "kto": {"online": {"rollout": {"rule": {"type": "ode"}, "num_inference_steps": 2, "batch_size": 4}}, "coupling": {"noise": "independent"}},
+    "nft": {
+        "online": {
+            "rollout": {"rule": {"type": "ode"}, "num_inference_steps": 2, "batch_size": 4},
+            "old": {"rate": 0.1},
+            "repeats": 2,
+        }
+    },
+    "kto": {
+        "online": {"rollout": {"rule": {"type": "ode"}, "num_inference_steps": 2, "batch_size": 4}},
+        "coupling": {"noise": "independent"},
+    },
     "infonca": {"online": {"rollout": {"rule": {"type": "ode"}, "num_inference_steps": 2, "batch_size": 4}}},
 }
 
@@ -313,9 +326,24 @@ def test_two_processes_train_as_one(tiny: Path, tmp_path: Path) -> None:
     for n in (1, 2):
         config = validate(TrainConfig, small(tiny, tmp_path / f"run{n}", train={"adam_epsilon": 0.01}))
         (tmp_path / f"{n}.yaml").write_text(dump(config))
-        env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--master-port", str(29700 + os.getpid() % 200)]
-        done = subprocess.run([*launch, "-m", "diffalign", "train", str(tmp_path / f"{n}.yaml")], env=env, capture_output=True, text=True)
+        env = {
+            **os.environ,
+            "ACCELERATE_USE_CPU": "true",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+        }
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(n),
+            "--master-port",
+            str(29700 + os.getpid() % 200),
+        ]
+        done = subprocess.run(
+            [*launch, "-m", "diffalign", "train", str(tmp_path / f"{n}.yaml")], env=env, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         lines = read_metrics(tmp_path / f"run{n}")
         losses.append([x["loss"] for x in lines if "loss" in x])
@@ -361,11 +389,15 @@ def test_what_cannot_work_is_refused_with_the_remedy(case: str, tiny: Path, tmp_
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_a_clip_range_under_the_noise_is_refused_before_training(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clip_range_under_the_noise_is_refused_before_training(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from diffalign import rollout
 
     honest = rollout.replay
-    monkeypatch.setattr("diffalign.preflight.replay", lambda *a, **k: honest(*a, **k) * (1 + 1e-4))  # a kernel that rounds otherwise
+    monkeypatch.setattr(
+        "diffalign.preflight.replay", lambda *a, **k: honest(*a, **k) * (1 + 1e-4)
+    )  # a kernel that rounds otherwise
     sections = small(tiny, tmp_path / "run", objective={"type": "ppo", "clip_range": 1e-6})
     with pytest.raises(ConfigError, match="clip_range"):
         train(validate(TrainConfig, sections))

@@ -146,6 +146,11 @@ class Model(Protocol):
     def solver(self, steps: int) -> Any:
         """A copy of the stock scheduler, set to ``steps`` steps at the native size."""
 
+    def grid(self, steps: int) -> tuple[Tensor, Coeffs]:
+        """The steps of a sampler that makes one evaluation a step, as the stock scheduler places them at the native size:
+        (T,) native timesteps, and coefficients at them and at the end, (T + 1,), on the model's device.
+        """
+
     def encode_prompts(self, prompts: Sequence[str | None]) -> Cond:
         """None is the absence of a prompt, which guidance starts from: for most models the same as an empty one."""
 

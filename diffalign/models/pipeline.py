@@ -354,6 +354,27 @@ class NoisePrediction(PipelineModel):
         scheduler.set_timesteps(steps)
         return scheduler
 
+    def grid(self, steps: int) -> tuple[Tensor, Coeffs]:
+        """See :meth:`diffalign.models.base.Model.grid`. Spacing, offset and the last alpha are those of DDIM.
+
+        Where they do not divide the schedule, diffusers' DDIM steps to a level one off the next timestep; here a step ends
+        where the next begins.
+
+        Raises:
+            ModelError: the scheduler clips or thresholds x0, which the rules do not.
+        """
+        from diffusers import DDIMScheduler
+
+        config = self.scheduler.config
+        if config.get("clip_sample") or config.get("thresholding"):
+            raise ModelError(f"{self.path}: its scheduler clips x0", hint="set clip_sample and thresholding to false")
+        ddim = DDIMScheduler.from_config(config)
+        ddim.set_timesteps(steps)
+        t, end = ddim.timesteps.to(self.device), ddim.final_alpha_cumprod.double().to(self.device)
+        c = self.coeffs(t)
+        last = Coeffs(end.sqrt().float()[None], (1 - end).sqrt().float()[None])
+        return t, Coeffs(torch.cat([c.alpha, last.alpha]), torch.cat([c.sigma, last.sigma]))
+
 
 class FlowMatching(PipelineModel):
     """A straight path from data to noise; ``t`` = 1000 sigma, a float in [0, 1000].
@@ -391,6 +412,14 @@ class FlowMatching(PipelineModel):
         mu = {"mu": self._mu()} if scheduler.config.use_dynamic_shifting else {}
         scheduler.set_timesteps(steps, sigmas=self._sigmas(steps), **mu)
         return scheduler
+
+    def grid(self, steps: int) -> tuple[Tensor, Coeffs]:
+        """See :meth:`diffalign.models.base.Model.grid`. The sigmas are the scheduler's, never computed a second time: its
+        own shift may have been applied to them twice.
+        """
+        scheduler = self.solver(steps)
+        sigma = scheduler.sigmas.float().to(self.device)
+        return scheduler.timesteps.float().to(self.device), Coeffs(1 - sigma, sigma)
 
     def _sigmas(self, steps: int) -> Any:
         """Unshifted steps of sampling, where the pipeline has its own."""

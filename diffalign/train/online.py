@@ -163,9 +163,7 @@ class OnlineFeed:
         inner, update = divmod(part, self.spec.updates)
         yield from self._paths(inner, update) if self.data == "steps" else self._images(inner, update)
 
-    def terms(
-        self, model: Model, batch: StepBatch | Batch, needs: frozenset[Need], reference: str = "reference"
-    ) -> Terms:
+    def terms(self, model: Model, batch: StepBatch | Batch, needs: frozenset[Need], reference: str = "reference") -> Terms:
         """Of stored steps or of re-noised images."""
         if isinstance(batch, StepBatch):
             found: Terms = self._step_terms(model, batch, needs, reference)
@@ -176,10 +174,14 @@ class OnlineFeed:
 
     def state(self) -> dict[str, Any]:
         """All that the next step needs, as tensors and plain values: images are kept, not sampled again."""
-        blocks = [
-            {"rows": _rows(b.items, whole), "paths": b.paths.state(), "advantages": b.advantages, "rewards": b.rewards}
-            for b, whole in zip(self.blocks, self._plan(self.epoch), strict=True)
-        ] if self.blocks else []
+        blocks = (
+            [
+                {"rows": _rows(b.items, whole), "paths": b.paths.state(), "advantages": b.advantages, "rewards": b.rewards}
+                for b, whole in zip(self.blocks, self._plan(self.epoch), strict=True)
+            ]
+            if self.blocks
+            else []
+        )
         kept = {"epoch": self.epoch, "calls": self.rewards.calls, "history": self.history, "standards": self.standards}
         return kept | {"blocks": blocks}
 
@@ -273,8 +275,11 @@ class OnlineFeed:
 
         def groups(mine: Tensor) -> Tensor:
             """(names, blocks, B, ...) of every process to (names, G, K, ...) in the order of the plan."""
-            everyone = self.gather(mine.transpose(0, 1).contiguous()).unflatten(0, (self.world, -1))
-            return everyone.transpose(0, 1).flatten(0, 1).transpose(0, 1).flatten(1, 2).unflatten(1, (n, k))
+            everyone = self.gather(mine.transpose(0, 1).contiguous())
+            everyone = everyone.view(self.world, -1, *everyone.shape[1:])
+            return (
+                everyone.transpose(0, 1).flatten(0, 1).transpose(0, 1).flatten(1, 2).reshape(len(names), n, k, *mine.shape[3:])
+            )
 
         def mine(of: Tensor) -> Tensor:
             """(G, K) to this process's (blocks, B)."""
@@ -288,9 +293,7 @@ class OnlineFeed:
             each = groups(own.permute(2, 0, 1, 3))[:, :, 0].double()
             standard = {name: each[i] for i, name in enumerate(names)}
         prompts = [self._prompt(epoch * n + g).id for g in range(n)]
-        found = spec.advantages(
-            rewards, self.rewards.spec.weights, reference=standard, prompts=prompts, history=self.history
-        )
+        found = spec.advantages(rewards, self.rewards.spec.weights, reference=standard, prompts=prompts, history=self.history)
         self.history = found.history
         total = self.rewards.total(grouped)
         facts = {"rollout/reward": total.nanmean().item(), "rollout/reward_std": _within(total), "rollout/epoch": float(epoch)}
@@ -354,13 +357,19 @@ class OnlineFeed:
         prompts = [x.block.items[x.rows[0]].prompt for x in some]
         height, width = self.model.resolution
         advantages = torch.stack([x.block.advantages[list(x.rows)] for x in some])
-        facts = {"scores": advantages} if len(some[0].rows) > 1 else {"advantage": advantages[:, 0], "good": advantages[:, 0] > 0}
+        facts = (
+            {"scores": advantages} if len(some[0].rows) > 1 else {"advantage": advantages[:, 0], "good": advantages[:, 0] > 0}
+        )
         return Batch(
             x0,
             torch.tensor([height, width, 0, 0, height, width]).expand(*x0.shape[:2], 6),
             torch.stack(noises),
             torch.stack(us),
-            (tuple(p.text for p in prompts) if self.model.trains_texts else encode_once(self.model, [p.text for p in prompts]),),
+            (
+                tuple(p.text for p in prompts)
+                if self.model.trains_texts
+                else encode_once(self.model, [p.text for p in prompts]),
+            ),
             torch.tensor([x.weight for x in some]),
             self.data,
             facts,

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffalign.data.files import atomic
 from diffalign.data.images import to_pil, to_uint8
 from diffalign.errors import ConfigError, DiffalignError
-from diffalign.scorers import Scorer, ScoreInput
+from diffalign.scorers import ScoreInput, Scorer
 from diffalign.scorers.base import isolated
 from diffalign.spec import Spec
 
