@@ -271,7 +271,7 @@ class Advantages(Spec):
         return values if self.std == "none" and self.aggregate == "sum" else values / spread.clamp(min=self.floor)
 
     def _against_past(self, total: Tensor, prompts: Sequence[str], past: History) -> Tensor:
-        """(G, K): against the prompt's last rewards, these among them; against the batch while they are fewer than min_count."""
+        """(G, K): against the prompt's last rewards, these among them; or the batch while they are few."""
         batch = total.double()
         rows = []
         for row, prompt in zip(batch, prompts, strict=True):
