@@ -509,7 +509,7 @@ CLIMBING: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", CLIMBING)
 @pytest.mark.parametrize("start", [-1.0, 3.0])
 def test_a_gaussian_policy_climbs_to_the_reward(name: str, start: float) -> None:
-    """A policy N(mu, 1) of steps or of images, rewarded by -(x - 1)^2: mu goes to 1 from either side, two updates a rollout."""
+    """A policy N(mu, 1) of steps or of images, rewarded by -(x - 1)^2: mu goes to 1 from both sides, two updates a rollout."""
     objective = OBJECTIVES.options[name](**CLIMBING[name])
     mean = torch.tensor(start, dtype=torch.double, requires_grad=True)
     optimizer = torch.optim.SGD([mean], lr=0.05)
