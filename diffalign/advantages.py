@@ -249,9 +249,10 @@ class Advantages(Spec):
     def _shaped(self, rewards: Tensor, reference: Tensor | None) -> Tensor:
         match self.shaping:
             case "win_rate":
-                wins = beats(rewards)
-                own = ~torch.eye(rewards.shape[-1], dtype=torch.bool, device=rewards.device)
-                return torch.where(own, wins, float("nan")).nanmean(-1)  # of those whose reward is known
+                others = ~torch.eye(rewards.shape[-1], dtype=torch.bool, device=rewards.device)
+                known = ~rewards.isnan()
+                fought = others & known[..., :, None] & known[..., None, :]
+                return torch.where(fought, beats(rewards), float("nan")).nanmean(-1)
             case "par":
                 if reference is None:
                     raise ConfigError(
@@ -271,7 +272,7 @@ class Advantages(Spec):
         return values if self.std == "none" and self.aggregate == "sum" else values / spread.clamp(min=self.floor)
 
     def _against_past(self, total: Tensor, prompts: Sequence[str], past: History) -> Tensor:
-        """(G, K): against the prompt's last rewards, these among them; or the batch while they are few."""
+        """(G, K): against the prompt's last rewards, these among them; against the batch while there are too few."""
         batch = total.double()
         rows = []
         for row, prompt in zip(batch, prompts, strict=True):

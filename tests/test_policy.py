@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy.special import expit, log_expit, softmax
 
+from diffalign.advantages import Advantages
 from diffalign.objectives import (
     OBJECTIVES,
     GroupTerms,
@@ -488,6 +489,57 @@ def test_prdp_in_numpy() -> None:
     got = PRDP(beta=1, tau=2, clip_range=eps)(t, {}).loss.numpy()
     np.testing.assert_allclose(got, expected, rtol=1e-9)
     assert (expected > (m - wanted) ** 2).any()
+
+
+# --- a toy whose optimum is known ------------------------------------------------------------------------------------
+
+
+CLIMBING: dict[str, dict[str, Any]] = {
+    "reinforce": {},
+    "ppo": {"clip_range": 0.2},
+    "grpo_guard": {"clip_range": 0.2},
+    "flow_dppo": {"tau": 0.02},
+    "nft": {"kl": 0.0},
+    "awm": {"weighting": "uniform", "beta": 0.0, "clip_range": 0.5},
+    "draft": {},
+    "refl": {"target": 0.0},
+}
+
+
+@pytest.mark.parametrize("name", CLIMBING)
+@pytest.mark.parametrize("start", [-1.0, 3.0])
+def test_a_gaussian_policy_climbs_to_the_reward(name: str, start: float) -> None:
+    """A policy N(mu, 1) of steps or of images, rewarded by -(x - 1)^2: mu goes to 1 from both sides, two updates a rollout."""
+    objective = OBJECTIVES.options[name](**CLIMBING[name])
+    mean = torch.tensor(start, dtype=torch.double, requires_grad=True)
+    optimizer = torch.optim.SGD([mean], lr=0.05)
+    g = torch.Generator().manual_seed(0)
+    one = torch.ones(64 * 8, dtype=torch.double)
+    for _ in range(60):
+        old, z = mean.detach().clone(), torch.randn(64, 8, generator=g, dtype=torch.double)
+        x = (old + z).flatten()
+        advantage = Advantages()({"r": -((old + z - 1) ** 2)}).values.flatten()
+        t, eps = torch.rand(16, generator=g, dtype=torch.double), torch.randn(512, 16, generator=g, dtype=torch.double)
+        for _ in range(2):
+            match objective.data:
+                case "steps":
+                    log_ratio, kl = (mean - old) * (2 * x - mean - old) / 2, ((mean - old) ** 2 / 2).expand(512)
+                    terms: Any = StepTerms(log_ratio, advantage, kl, one, one, t=one)
+                case "images":  # x0_hat of x0 ~ N(mu, 1) at x_t on a flow path, at 16 times
+
+                    def residual(mu: torch.Tensor, x: Any = x, t: Any = t, eps: Any = eps) -> torch.Tensor:
+                        noisy = (1 - t) * x[:, None] + t * eps
+                        return (mu * t**2 + (1 - t) * noisy) / ((1 - t) ** 2 + t**2) - x[:, None]
+
+                    now, was = residual(mean), residual(old)
+                    both = [v.square().mean(1) for v in (now, was)]
+                    terms = ImageTerms(both[0], advantage, both[1], residual=now, residual_old=was, t=one)
+                case _:
+                    terms = RewardTerms(-((mean + z.flatten() - 1) ** 2), t=one)
+            optimizer.zero_grad()
+            objective(terms, {}).loss.mean().backward()
+            optimizer.step()
+    assert mean.item() == pytest.approx(1.0, abs=0.15)
 
 
 # --- what is logged --------------------------------------------------------------------------------------------------
