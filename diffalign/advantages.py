@@ -55,9 +55,10 @@ def rank(values: Tensor) -> Tensor:
 def par(values: Tensor, reference: Tensor, k: float = 1.0) -> Tensor:
     """Preference as reward: mean_m sigmoid(k (r - r_m)), in (0, 1) (Fu et al. 2025).
 
-    ``reference`` (..., M) are rewards of the reference model on the same prompt; at most 10 do.
+    ``reference`` (..., M) are rewards of the reference model on the same prompt; at most 10 do, and those that are NaN do not
+    count.
     """
-    return torch.sigmoid(k * (values[..., :, None] - reference[..., None, :])).mean(-1)
+    return torch.sigmoid(k * (values[..., :, None] - reference[..., None, :])).nanmean(-1)
 
 
 def hinge(values: Tensor, target: float) -> Tensor:
@@ -258,7 +259,7 @@ class Advantages(Spec):
                     raise ConfigError(
                         "shaping: par needs rewards of the reference's own samples", hint="draw up to 10 a prompt"
                     )
-                return par(rewards, reference)
+                return par(rewards, torch.where(reference.isfinite(), reference, float("nan")))
             case "hinge":
                 return hinge(rewards, self.target or 0.0)
         return rewards

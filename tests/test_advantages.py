@@ -195,6 +195,8 @@ def test_par_is_the_preference_over_the_reference() -> None:
     shaped = np.mean(1 / (1 + np.exp(-(r.numpy()[..., None] - ref.numpy()[:, None, :]))), -1)
     out = Advantages(shaping="par", clip=None)({"r": r}, reference={"r": ref}).values
     np.testing.assert_allclose(out, values(torch.as_tensor(shaped)), rtol=1e-9)
+    failed = torch.cat([ref, torch.full((G, 2), math.inf)], 1)
+    assert torch.equal(Advantages(shaping="par", clip=None)({"r": r}, reference={"r": failed}).values, out)
     with pytest.raises(ConfigError, match="reference"):
         Advantages(shaping="par")({"r": r})
 

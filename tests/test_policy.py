@@ -373,6 +373,15 @@ def test_dgpos_gradient_is_the_published_one() -> None:
     torch.testing.assert_close(got, 100 * published)
 
 
+def test_dgpo_sees_differences_alone() -> None:
+    """A constant in all advantages of a group, or in all its rewards, would bring the partition function back."""
+    e, ref, a = torch.rand(3, 5, 4, dtype=torch.double)
+    shift = torch.randn(5, 1, dtype=torch.double)
+    wanted = DGPO()(GroupTerms(e, a, ref), {}).loss
+    torch.testing.assert_close(DGPO()(GroupTerms(e, a + shift, ref), {}).loss, wanted)
+    torch.testing.assert_close(DGPO()(GroupTerms(e + shift, a, ref), {}).loss, wanted)
+
+
 def test_dgpo_of_two_with_a_sure_winner_is_dpo() -> None:
     e, ref = torch.rand(2, 6, 2, dtype=torch.double)
     sure = torch.tensor([[1.0, -1.0]], dtype=torch.double).expand(6, 2)
@@ -389,6 +398,15 @@ def test_crd_in_numpy() -> None:
     r = 3 * (ref - e).numpy()
     r, wanted = r - r.mean(1, keepdims=True), expit((scores - scores.mean(1, keepdim=True)).numpy())
     np.testing.assert_allclose(got.numpy(), -(wanted * log_expit(r) + (1 - wanted) * log_expit(-r)).mean(1))
+
+
+def test_crd_holds_the_mean_of_the_rewards() -> None:
+    """Its slope in e_k is -beta (sigmoid(r_k - mean r) - sigmoid(R_k - mean R)) / K, without a term through the mean."""
+    e, ref, scores = torch.rand(3, 5, 4, dtype=torch.double)
+    r = 3 * (ref - e).numpy()
+    target = expit((scores - scores.mean(1, keepdim=True)).numpy())
+    wanted = -3 * (expit(r - r.mean(1, keepdims=True)) - target) / 4
+    np.testing.assert_allclose(gradient(CRD(beta=3), GroupTerms(e, scores, ref), "error"), wanted)
 
 
 # --- differentiable rewards ------------------------------------------------------------------------------------------

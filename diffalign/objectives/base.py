@@ -44,11 +44,11 @@ class PairTerms(Terms):
     score_winner: Tensor | None = None
     score_loser: Tensor | None = None
     """(B,) external rewards."""
-    overlap: Tensor | None = None
-    """(B,) mean product of winner's and loser's residuals, detached."""
     old_winner: Tensor | None = None
     old_loser: Tensor | None = None
     """(B,) errors under the policy that sampled the pair."""
+    overlap: Tensor | None = None
+    """(B,) mean product of winner's and loser's residuals, detached."""
 
 
 @dataclass(frozen=True)
