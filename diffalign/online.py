@@ -34,7 +34,7 @@ def consistent(c: TrainConfig) -> None:
     total, online = c.total, c.online
     names = " + ".join(str(getattr(o, "type", type(o).__name__)) for o in total.parts)
     if online is None:
-        if total.data in ("steps", "images", "rewards"):
+        if total.data in ("steps", "images", "rewards") or total.needs & {"old", "residual"}:
             raise ValueError(f"{names} learns from the model's own samples: add the section online")
         return
     if c.data != DataSpec():

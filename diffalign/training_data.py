@@ -59,8 +59,6 @@ def consistent(c: TrainConfig) -> None:
     """Refuse what contradicts itself between objective, data, coupling and reference, with the remedy."""
     total, data, noise = c.total, c.data, c.coupling.noise
     names = " + ".join(str(getattr(o, "type", type(o).__name__)) for o in total.parts)
-    if total.data in ("steps", "images", "rewards") or total.needs & {"old", "residual"}:
-        raise ValueError(f"{names} is about what the policy makes itself, not about data: choose a loss on examples")
     pairs_only = {
         "data.shuffle_labels": data.shuffle_labels,
         "data.swap_labels": data.swap_labels,
