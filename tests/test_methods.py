@@ -466,8 +466,8 @@ def test_protection_is_part_of_the_sum() -> None:
         ({"type": "sigmoid"}, ["data.curriculum={}", "data.buckets=true"], "drop one"),
         ([{"type": "sigmoid"}, {"type": "kto"}], [], "objectives of different data cannot be summed"),
         ({"type": "infonca"}, ["coupling.captions=own"], "coupling.captions: own is about pairs"),
-        ({"type": "ppo"}, [], "ppo is about what the policy makes itself"),
-        ({"type": "prdp"}, [], "prdp is about what the policy makes itself"),
+        ({"type": "ppo"}, [], "ppo learns from the model.s own samples"),
+        ({"type": "prdp"}, [], "prdp learns from the model.s own samples"),
     ],
 )
 def test_contradictions_are_refused_at_load(overrides: list[str], objective: Any, more: list[str], said: str) -> None:
