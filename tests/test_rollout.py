@@ -223,6 +223,10 @@ def test_the_grid_is_the_stock_schedulers(load: Any, name: str) -> None:
         wanted = torch.cat([abar[timesteps.long()], end.double()[None]])
         torch.testing.assert_close(grid.alpha, wanted.sqrt().float())
         torch.testing.assert_close(grid.sigma, (1 - wanted).sqrt().float())
+    noisy = 5 if name == "sd" else 4  # a step onto clean data has no density worth training on
+    assert [rules.trainable(rule, grid) for rule in (stochastic(name), CPS(), CPS(noise_level=0), ODE())] == [noisy] * 2 + [
+        0
+    ] * 2
 
 
 def test_a_scheduler_that_clips_is_refused(load: Any) -> None:
@@ -423,7 +427,9 @@ def test_noise_belongs_to_seed_epoch_prompt_and_k(load: Any) -> None:
         for item, z in other.items():
             torch.testing.assert_close(z, wanted[item], rtol=1e-3, atol=1e-3)  # fresh noise is a difference over std
             assert torch.equal(z[0], wanted[item][0])
-    seen = [wanted, noise(ITEMS, seed=1), noise(ITEMS, epoch=1)]
+    later = noise(ITEMS[1:2], epoch=7)  # of an epoch that none went before
+    seen = [wanted, noise(ITEMS, seed=1), noise(ITEMS, epoch=7)]
+    assert torch.equal(later[ITEMS[1]][0], seen[2][ITEMS[1]][0])
     first = torch.stack([z for part in seen for z in part.values()])[:, 0].flatten(1)
     assert (torch.corrcoef(first) - torch.eye(12)).abs().max() < 0.5  # 256 values each, a deviation of 0.06
 
