@@ -197,6 +197,11 @@ def test_the_flow_world_draws_in_the_stock_pipeline(tmp_path: Path, monkeypatch:
     assert (tmp_path / "flow.png").stat().st_size > 0
 
 
+def test_the_documented_rollout_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile("\n".join(blocks("rollouts.md")), "rollouts.md", "exec"), {})
+    assert capsys.readouterr().out
+
+
 def test_the_documented_diff_is_a_real_objective(tmp_path: Path) -> None:
     """The lines that the diff adds make a class that passes the checks of every objective."""
     diff = re.search(r"^```diff\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.S | re.M)
