@@ -298,9 +298,12 @@ def dedup_dataset(
             return rows
         rows = renamed_rows(table, rows, names)
         keep = [normalised(p) not in barred for p in rows["prompt"].to_pylist()]
+        if table == "pairs":
+            other = [p is None or normalised(p) not in barred for p in rows["rejected_prompt"].to_pylist()]
+            keep = [a and b for a, b in zip(keep, other, strict=True)]
         reasons[f"{table} of excluded prompts"] += keep.count(False)
         for n, key in enumerate(pair_keys(rows)) if table == "pairs" else ():
-            if keep[n] and key[0] == key[1]:
+            if keep[n] and key[0] == key[1] and key[3] in (None, key[2]):
                 keep[n], why = False, "pairs of a picture with its copy"
             elif keep[n] and key in seen:
                 keep[n], why = False, "repeated pairs"

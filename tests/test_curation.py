@@ -23,7 +23,7 @@ from diffalign.data.pairs import read_pairs
 from diffalign.data.prompts import normalised
 from diffalign.data.tables import read_table, shards_of, write_shard
 from diffalign.errors import ConfigError, DataError
-from diffalign.evaluation import shapes_captions
+from diffalign.excluding import shapes_captions
 from diffalign.inspection import agreement, show_dataset, stats_of, validate_dataset
 from diffalign.profiles import write_profiles
 from diffalign.shapes.scene import sample_prompts
