@@ -181,11 +181,13 @@ class Line:
             if at > i and word.endswith("ed") and not self.plain(at + 1):
                 break
             at += 1
-        head = self.word(at - 1)
-        unsure = at == i or at > i + 3 or self.word(at) in ("that", "which", "who") or "-" in head or "'" in head
-        unsure = unsure or head in en.NOT_COUNTED | en.ADJECTIVES | en.PAST or head.endswith(("ly", "ed", "est"))
-        unsure = unsure or (head.endswith("ing") and head not in en.NOUNS_IN_ING)
-        if unsure or (en.singular(head) is None if many else head.endswith("s") and not head.endswith(("ss", "us"))):
+        head, phrase = self.word(at - 1), self.words[i:at]
+        unsure = not 1 <= len(phrase) <= 3 or self.named(at) or self.word(at) in ("that", "which", "who")
+        unsure = unsure or "-" in head or "'" in head or head in en.NOT_COUNTED | en.ADJECTIVES
+        unsure = unsure or head.endswith(("ly", "ed", "est")) or (head.endswith("ing") and head not in en.NOUNS_IN_ING)
+        verbs = phrase[:-1] if many else phrase  # "rides" is no noun, and neither is what follows it
+        unsure = unsure or any(w in en.PAST or (w.endswith("s") and not w.endswith(("ss", "us"))) for w in verbs)
+        if unsure or (many and en.singular(head) is None):
             return None
         return at - 1
 
