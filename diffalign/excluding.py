@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from diffalign.data.prompts import normalised
 from diffalign.errors import DataError
-from diffalign.evaluation import SHAPES_PROMPTS, prompts_of
 from diffalign.spec import Spec
 
 
@@ -61,6 +60,8 @@ class Barrier:
 
 def excluded_prompts(sources: Sequence[str]) -> set[str]:
     """Prompts of files, suites ``NAME:PATH`` and splits of the built-in world, normalised for matching."""
+    from diffalign.evaluation import SHAPES_PROMPTS, prompts_of  # torch: seconds that only those pay who exclude
+
     found: set[str] = set()
     for source in sources:
         if match := SHAPES_PROMPTS.fullmatch(source):
