@@ -54,17 +54,16 @@ class Edits(Captions):
         return [self._of(prompt, refused, dropped) for prompt in prompts]
 
     def _of(self, prompt: str, refused: Refusal, dropped: Counter[str]) -> list[Edit]:
-        found, out = edits(prompt, self.kinds, self.seed), list[Edit]()
-        for edit in found:
-            if len(out) == self.per_image:
-                break
+        few, out = f"prompts without {', '.join(self.kinds)} to edit", list[Edit]()
+        for edit in edits(prompt, self.kinds, self.seed):
+            few = f"prompts with fewer than {self.per_image} edits that can be used"
             if why := refused(prompt, edit.text):
                 dropped[f"edits: {why}"] += 1
             else:
                 out.append(edit)
-        if len(out) < self.per_image:
-            few = f"prompts with fewer than {self.per_image} edits that can be used"
-            dropped[few if out or found else f"prompts without {', '.join(self.kinds)} to edit"] += 1
+            if len(out) == self.per_image:
+                return out
+        dropped[few] += 1
         return out
 
 

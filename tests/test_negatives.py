@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from test_pairs import config, dataset, sha, written
 
 from diffalign.cli import main
-from diffalign.data.edits import edits
+from diffalign.data import edits as rules
+from diffalign.data.edits import Edit, Kind
 from diffalign.data.english import plural, singular
 from diffalign.data.examples import labels_of
 from diffalign.data.pairs import apart, read_pairs
@@ -33,6 +34,11 @@ from diffalign.selection import Selected, select
 from diffalign.shapes import Scene, Thing, draw, judge, parse_caption, sample_prompts, sample_scenes
 from diffalign.spec import validate
 
+
+def edits(caption: str, kinds: list[Kind], seed: int) -> list[Edit]:
+    return list(rules.edits(caption, kinds, seed))
+
+
 # --- rules ----------------------------------------------------------------------------------------------------------------
 
 RELATIONS = {
@@ -46,6 +52,7 @@ RELATIONS = {
     "a boat below the bridge": ["a boat above the bridge"],
     "a bike in front of a shop": ["a bike behind a shop"],
     "a bike behind a shop": ["a bike in front of a shop"],
+    "a girl on the top of a frog": ["a girl on the bottom of a frog"],
     "a cat on a wooden table": ["a cat under a wooden table"],
     "a cat under the bed": ["a cat on the bed"],
     "two books on top of a shelf": ["two books under a shelf"],
@@ -57,7 +64,7 @@ RELATIONS = {
     "two men behind each other": [],
     # no places
     "a fish under the sea": [], "a castle on a hill at night": [], "a photo of a right hand": [], "on a grey background": [],
-    "above all, a masterpiece": [], "a man leaving, left behind": [],
+    "above all, a masterpiece": [], "no dog left of a cat": [], "a man leaving, left behind": [],
 }  # fmt: skip
 COUNTS = {
     "a dog": ["two dogs", "three dogs", "four dogs"],
@@ -69,7 +76,8 @@ COUNTS = {
     "a knife and fork": ["two knives and fork", "three knives and fork", "four knives and fork"],
     # not sure what the noun is, or not something to count
     "a man rides fast": [], "a beautiful sleeping cat": [], "a lot of dogs": [], "in a park": [], "in a hurry": [],
-    "a photo of Paris": [], "4k, 35mm, f/2": [], "a bus that is red": [], "a very quickly": [], "dogs": [],
+    "a photo of Paris": [], "4k, 35mm, f/2": [], "2x2 icons": [], "a pear cut in half": [],
+    "without a hat": [], "a bus that is red": [], "a very quickly": [], "dogs": [],
     "an old Ford": [],
 }  # fmt: skip
 
@@ -101,6 +109,9 @@ COLOURS = "red orange yellow green cyan blue purple pink brown black white grey"
         ("a plaid skirt", "plaid", {"striped", "spotted", "floral"}),
         ("a sunny day", "sunny", {"rainy", "snowy", "foggy", "stormy"}),
         ("three circles", "circles", {"squares", "triangles", "diamonds", "crosses", "rectangles", "hexagons"}),
+        ("a yellow colored giraffe", "yellow", set(COLOURS) - {"yellow"}),
+        ("a street without any red cars", "red", set()),
+        ("a red or blue car", "red", set()),
         ("an orange", "orange", set()),
         ("an orange on a table", "orange", set()),
         ("a glass of water", "glass", set()),

@@ -18,7 +18,7 @@ from diffalign.data.prompts import normalised
 from diffalign.data.wording import may_show
 
 Kind = Literal["attribute", "count", "relation"]
-TOKEN = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*|\d+|[^\w\s]")
+TOKEN = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*(?!\w)|\w+|[^\w\s]")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Edit:
     new: str
 
 
-def edits(caption: str, kinds: Sequence[Kind], seed: int) -> list[Edit]:
+def edits(caption: str, kinds: Sequence[Kind], seed: int) -> Iterator[Edit]:
     """What one exchange makes of a caption: kinds and places in turn, in an order that follows from (seed, caption).
 
     None says the same as the caption, nor what its picture shows as well (:func:`diffalign.data.wording.may_show`).
@@ -46,8 +46,9 @@ def edits(caption: str, kinds: Sequence[Kind], seed: int) -> list[Edit]:
     for kind in sorted(kinds, key=digest):
         found = [sorted((Edit(kind, *e) for e in place), key=lambda e: digest(e.text)) for place in rules[kind]()]
         by_kind.append(in_turn(sorted((place for place in found if place), key=lambda place: digest(place[0].text))))
-    different = {e.text: e for e in in_turn(by_kind) if normalised(e.text) != normalised(caption)}
-    return [e for e in different.values() if not may_show(caption, e.text)]
+    for edit in {e.text: e for e in in_turn(by_kind)}.values():
+        if normalised(edit.text) != normalised(caption) and not may_show(caption, edit.text):
+            yield edit
 
 
 def in_turn(lists: Sequence[Sequence[Edit]]) -> list[Edit]:
@@ -84,6 +85,13 @@ class Line:
 
         return capital(i) and (i > 0 or capital(1))
 
+    def stated(self) -> Iterator[tuple[int, str]]:
+        """Words that are no names, and that the caption says to hold: not "no red cars", not "red or blue"."""
+        for i, word in enumerate(self.words):
+            denied = en.DENIALS.intersection(self.words[max(0, i - 4) : i]) or "or" in (self.word(i - 1), self.word(i + 1))
+            if not denied and not self.named(i):
+                yield i, word
+
     def with_words(self, new: dict[int, str]) -> str:
         """The text with other words at these places; ``a`` and ``an`` follow, and so does a capital; '' takes a word out."""
         new = dict(new)
@@ -101,9 +109,7 @@ class Line:
     # --- attributes ---------------------------------------------------------------------------------------------------
 
     def attributes(self) -> Iterator[Place]:
-        for i, word in enumerate(self.words):
-            if self.named(i):
-                continue
+        for i, word in self.stated():
             for new in (self.of_class(i, word), self.opposite(i, word), self.shape(i, word)):
                 if new:
                     yield ((self.with_words({i: w}), word, w) for w in new if w not in self.said)
@@ -116,7 +122,7 @@ class Line:
         colour = (
             self.word(i) in en.COLOURS and self.word(i - 1) in ("in", "on") and not self.plain(i + 1) and not after.isalpha()
         )
-        return self.plain(i + 1) or listed or behind or colour
+        return self.plain(i + 1) or after in ("colored", "coloured") or listed or behind or colour
 
     def of_class(self, i: int, word: str) -> list[str]:
         for members in en.CLASSES:
@@ -139,7 +145,7 @@ class Line:
     # --- counts -------------------------------------------------------------------------------------------------------
 
     def counts(self) -> Iterator[Place]:
-        for i, word in enumerate(self.words):
+        for i, word in self.stated():
             if word in ("a", "an", "one") and self.opens(i) and (at := self.noun(i + 1)) is not None:
                 if (many := en.plural(self.words[at])) != self.words[at] or word == "one":
                     agreed = {at: many} | ({at + 1: en.BE[self.word(at + 1)]} if self.word(at + 1) in en.BE else {})
@@ -164,7 +170,7 @@ class Line:
     def opens(self, i: int) -> bool:
         """Whether an article begins something that is there, not a place or a manner: "a dog", not "in a park"."""
         before = self.word(i - 1)
-        of = before == "of" and self.word(i - 2) in (*en.SWAPS, "photo", "picture", "image", "painting", "front", "top")
+        of = before == "of" and self.word(i - 2) in (*en.SWAPS, "photo", "picture", "image", "painting", "front")
         return (
             not before.isalpha() or before in ("and", "with", "behind", "above", "below", "beside") or of or self.plain(i - 1)
         )
@@ -194,7 +200,7 @@ class Line:
     # --- relations ----------------------------------------------------------------------------------------------------
 
     def relations(self) -> Iterator[Place]:
-        for i, word in enumerate(self.words):
+        for i, word in self.stated():
             if (found := self.relation(i, word)) is not None and not self.alike(i, i + len(found)):
                 old = " ".join(self.words[i : i + len(found)])
                 new = " ".join(w for w in found if w)
@@ -204,9 +210,10 @@ class Line:
         """What stands for the words from ``i`` on when the two things change places; None where nothing does."""
         after, before = self.word(i + 1), self.word(i - 1)
         opened = after in en.ARTICLES or after in en.NUMBERS or (self.plain(i + 1) and after not in en.NOT_UNDER)
-        if word in ("left", "right"):
+        if word in ("left", "right", "top", "bottom"):
             named = before == "the" and self.word(i - 2) in ("on", "to", "at") and not (self.plain(i + 1) and after != "side")
-            return [en.SWAPS[word]] if after == "of" or named else None
+            beside = after == "of" and word in ("left", "right")
+            return [en.SWAPS[word]] if beside or named else None
         if word in ("above", "below", "inside", "outside"):
             return [en.SWAPS[word]] if opened and self.word(i + 2) not in en.NOT_UNDER else None
         if word == "in" and (after, self.word(i + 2)) == ("front", "of"):

@@ -59,7 +59,11 @@ NOT_COUNTED = words_of(
 NOUNS_IN_ING = words_of(
     "building painting ring king string wing ceiling wedding drawing thing swing earring duckling pudding sling"
 )
-PAST = words_of("sat stood held rode wore flew lay ate ran swam slept hung set wore made seen shown worn held filled")
+PAST = words_of(
+    "sat stood held rode wore flew lay ate ran swam slept hung set made seen shown worn filled cut put built drawn broken torn"
+    " lit bent frozen eaten driven hidden grown thrown caught split spread"
+)
+DENIALS = words_of("no not without never nothing neither")
 IRREGULAR = {
     "child": "children", "person": "people", "foot": "feet", "tooth": "teeth", "mouse": "mice", "goose": "geese",
     "leaf": "leaves", "wolf": "wolves", "knife": "knives", "shelf": "shelves", "loaf": "loaves", "calf": "calves",
@@ -71,7 +75,10 @@ SURFACES = words_of(
     " stool ladder carpet mat stage"
 )
 NOT_UNDER = words_of("sea ocean water sun moon moonlight stars sky rain light lights influence construction all zero")
-SWAPS = {"left": "right", "right": "left", "above": "below", "below": "above", "inside": "outside", "outside": "inside"}
+SWAPS = {
+    "left": "right", "right": "left", "top": "bottom", "bottom": "top", "above": "below", "below": "above",
+    "inside": "outside", "outside": "inside",
+}  # fmt: skip
 
 
 def article(word: str) -> str:

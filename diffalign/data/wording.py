@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import lru_cache
 
 from diffalign.data.english import NUMBERS, words_of
 from diffalign.data.prompts import normalised
 
 PLACES = {
-    "left": ("across", -1), "right": ("across", 1),
+    "left": ("across", -1), "right": ("across", 1), "top": ("up", 1), "bottom": ("up", -1),
     "above": ("up", 1), "over": ("up", 1), "on": ("up", 1), "below": ("up", -1), "under": ("up", -1),
     "underneath": ("up", -1), "beneath": ("up", -1),
     "front": ("depth", 1), "behind": ("depth", -1),
@@ -25,7 +25,7 @@ GLUE = words_of(
 """Words that may come and go without changing what a picture must show."""
 PHRASES = (
     (re.compile(r"\bin (?:the )?front\b"), "front"),
-    (re.compile(r"\b(?:on|to|at) the (left|right)\b"), r"\1"),
+    (re.compile(r"\b(?:on|to|at) the (left|right|top|bottom)\b"), r"\1"),
     (re.compile(r"\bon top\b"), "on"),
     (re.compile(r"\bon (?:(?:a|an|the) )?(\w+) background\b"), r"\1"),
     (re.compile(r"\bon (\w+)$"), r"\1"),  # ", on grey"
@@ -34,7 +34,7 @@ PHRASES = (
 )
 
 
-@cache
+@lru_cache(maxsize=1 << 14)
 def words(caption: str) -> tuple[str, ...]:
     """Normalised, without glue; a phrase that places something is one word."""
     text = normalised(caption)
