@@ -30,7 +30,7 @@ def show_dataset(folder: Path, rows: int = 3) -> dict[str, Any]:
             tables[table] = {"rows": count, "shards": len(found), "bytes": sum(f.stat().st_size for f in found)}
     if not tables:
         raise DataError(f"{folder}: not a dataset folder", hint="it holds images/, pairs/ and manifest.json")
-    names = ("pair_id", "prompt", "chosen_id", "rejected_id", "p_win", "margins", "source")
+    names = ("pair_id", "prompt", "chosen_id", "rejected_id", "p_win", "margins", "source", "rejected_prompt")
     first = column(folder, "pairs", names).slice(0, rows).to_pylist() if "pairs" in tables else []
     plans = (read_manifest(folder) or {}).get("plans", {})
     return {"folder": str(folder), "tables": tables, "plans": plans, "pairs": first}
@@ -41,6 +41,7 @@ def show_lines(said: dict[str, Any]) -> list[str]:
     out = [f"{t}/: {s['rows']} rows in {s['shards']} shards, {s['bytes'] / 1e6:.1f} MB" for t, s in said["tables"].items()]
     for p in said["pairs"]:
         out += [f"{p['prompt']!r}", f"  {p['chosen_id']} > {p['rejected_id']}, p_win {p['p_win']}, {p['margins']}"]
+        out += [f"  the loser's caption: {p['rejected_prompt']!r}"] if p["rejected_prompt"] else []
     return out
 
 
