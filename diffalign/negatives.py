@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
@@ -54,16 +55,18 @@ class Edits(Captions):
         return [self._of(prompt, refused, dropped) for prompt in prompts]
 
     def _of(self, prompt: str, refused: Refusal, dropped: Counter[str]) -> list[Edit]:
-        few, out = f"prompts without {', '.join(self.kinds)} to edit", list[Edit]()
-        for edit in edits(prompt, self.kinds, self.seed):
+        reasons: Counter[str] = Counter()
+
+        def keep(text: str) -> bool:
+            why = refused(prompt, text)
+            reasons.update([f"edits: {why}"] if why else [])
+            return not why
+
+        out = list(islice(edits(prompt, self.kinds, self.seed, keep), self.per_image))
+        if len(out) < self.per_image:
             few = f"prompts with fewer than {self.per_image} edits that can be used"
-            if why := refused(prompt, edit.text):
-                dropped[f"edits: {why}"] += 1
-            else:
-                out.append(edit)
-            if len(out) == self.per_image:
-                return out
-        dropped[few] += 1
+            dropped[few if out or reasons else f"prompts without {', '.join(self.kinds)} to edit"] += 1
+        dropped.update(reasons)
         return out
 
 

@@ -7,7 +7,7 @@ what it is, and never for one that the caption holds already.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import zip_longest
@@ -31,29 +31,34 @@ class Edit:
     new: str
 
 
-def edits(caption: str, kinds: Sequence[Kind], seed: int) -> Iterator[Edit]:
+def edits(caption: str, kinds: Sequence[Kind], seed: int, keep: Callable[[str], bool] = lambda text: True) -> Iterator[Edit]:
     """What one exchange makes of a caption: kinds and places in turn, in an order that follows from (seed, caption).
 
-    None says the same as the caption, nor what its picture shows as well (:func:`diffalign.data.wording.may_show`).
+    None says the same as the caption, nor what its picture shows as well (:func:`diffalign.data.wording.may_show`). Those
+    that ``keep`` refuses leave their turn to the next of their kind.
     """
 
     def digest(text: str) -> bytes:
         return sha256(f"{seed}|{caption}|{text}".encode()).digest()
 
-    line = Line(caption)
+    line, seen = Line(caption), {normalised(caption)}
     rules = {"attribute": line.attributes, "count": line.counts, "relation": line.relations}
-    by_kind = []
-    for kind in sorted(kinds, key=digest):
+
+    def of_kind(kind: Kind) -> Iterator[Edit]:
         found = [sorted((Edit(kind, *e) for e in place), key=lambda e: digest(e.text)) for place in rules[kind]()]
-        by_kind.append(in_turn(sorted((place for place in found if place), key=lambda place: digest(place[0].text))))
-    for edit in {e.text: e for e in in_turn(by_kind)}.values():
-        if normalised(edit.text) != normalised(caption) and not may_show(caption, edit.text):
-            yield edit
+        places = sorted((place for place in found if place), key=lambda place: digest(place[0].text))
+        for edit in in_turn(places):
+            same = normalised(edit.text)
+            if same not in seen and not may_show(caption, edit.text) and keep(edit.text):
+                yield edit
+            seen.add(same)
+
+    yield from in_turn([of_kind(kind) for kind in sorted(kinds, key=digest)])
 
 
-def in_turn(lists: Sequence[Sequence[Edit]]) -> list[Edit]:
+def in_turn(lists: Sequence[Iterable[Edit]]) -> Iterator[Edit]:
     """The first of each, then the second of each ..."""
-    return [e for tier in zip_longest(*lists) for e in tier if e is not None]
+    return (e for tier in zip_longest(*lists) for e in tier if e is not None)
 
 
 Place = Iterator[tuple[str, str, str]]
