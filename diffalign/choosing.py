@@ -86,6 +86,7 @@ class Selection:
         weighted = [w * self.scores[n] for n, w in config.reward.items()]
         self.reward: Floats = np.sum(weighted, axis=0) if weighted else np.zeros(len(images))
         self.barrier = Barrier(config)
+        _, self.sha = coded(images.table["sha256"])
         self.status = self._status()
         self.ids = self._ids()
 
@@ -108,10 +109,9 @@ class Selection:
             status[~np.isfinite(self.scores[name])] = NO_VALUE
         for name in self.config.floors:
             status[~np.isfinite(images.value(name))] = NO_VALUE
-        _, codes = coded(images.table["sha256"])
         status[pc.equal(images.table["phash"], "blank").fill_null(False).to_numpy()] = BLANK
-        status[(codes < 0) | pc.is_valid(images.table["error"]).to_numpy()] = UNREADABLE
-        first = np.unique(np.stack([images.prompt, codes]), axis=1, return_index=True)[1]
+        status[(self.sha < 0) | pc.is_valid(images.table["error"]).to_numpy()] = UNREADABLE
+        first = np.unique(np.stack([images.prompt, self.sha]), axis=1, return_index=True)[1]
         again = np.ones(len(status), bool)
         again[first] = False
         status[again & (status == USABLE)] = COPY
@@ -207,8 +207,12 @@ class Selection:
         for prompt, others in near:
             best = self._end(prompt, "best")
             for other in others:
+                lost = self._end(other, crossed.take)
+                if self.sha[best] == self.sha[lost]:
+                    out.dropped["crossings: the same picture has both prompts"] += 1
+                    continue
                 if "images" in crossed.pairs:
-                    pairs.append(Row(best, self._end(other, crossed.take), said, made_by="crossed images"))
+                    pairs.append(Row(best, lost, said, made_by="crossed images"))
                 if "captions" in crossed.pairs:
                     pairs.append(Row(best, best, said, rejected_prompt=prompts[other], made_by="crossed captions"))
         return pairs

@@ -38,7 +38,7 @@ class Barrier:
                 self.source.setdefault(prompt, source)
 
     def __contains__(self, prompt: str | None) -> bool:
-        return prompt is not None and normalised(prompt) in self.source
+        return bool(self.source) and prompt is not None and normalised(prompt) in self.source
 
     def left_out(self, prompts: Sequence[str], where: str) -> list[bool]:
         """Which of the prompts do not become training data.

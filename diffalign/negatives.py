@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator
 
@@ -39,7 +39,6 @@ class Captions(Spec):
     kinds: list[Kind] = Field(default=EVERY_KIND, min_length=1)
     per_image: int = Field(default=1, ge=1)
     """Edited captions an image, or a pair."""
-    seed: int = Field(default=0, ge=0)
 
     @abstractmethod
     def made(self, prompts: Sequence[str], refused: Refusal, dropped: Counter[str]) -> list[list[Edit]]:
@@ -50,6 +49,7 @@ class Edits(Captions):
     """Rules for English (:mod:`diffalign.data.edits`): an order of edits for each (seed, prompt), of which the first count."""
 
     type: Literal["edits"] = "edits"
+    seed: int = Field(default=0, ge=0)
 
     def made(self, prompts: Sequence[str], refused: Refusal, dropped: Counter[str]) -> list[list[Edit]]:
         return [self._of(prompt, refused, dropped) for prompt in prompts]
@@ -99,6 +99,7 @@ class Asked(Captions):
         from diffalign.scorers.vlm import Endpoint, Unread, written
 
         endpoint = Endpoint(Address(self.url, self.timeout, self.attempts), self.model, self.parallel)
+        silent: list[str] = []
 
         def edit(prompt: str, kind: Kind, before: Sequence[Edit]) -> Edit | str:
             """Or why there is none."""
@@ -107,7 +108,8 @@ class Asked(Captions):
                 again = f"\nThe last answer could not be used: {why}." if why else ""
                 try:
                     caption = _caption(written(endpoint.ask(question + again, [], tokens=512)))
-                except Unread:  # it was tried as often already
+                except Unread as e:  # it was tried as often already
+                    silent.append(str(e))
                     return SILENT
                 why = "not JSON with a caption" if caption is None else _unusable(prompt, caption, before) or ""
                 why = why or refused(prompt, str(caption)) or ""
@@ -126,7 +128,7 @@ class Asked(Captions):
             answered = list(pool.map(all_of, prompts))
         reasons = Counter(why for _, failed in answered for why in failed)
         if prompts and reasons[SILENT] == len(prompts) * self.per_image:  # a shard without pairs would count as done
-            raise ModelError(f"{self.url} answered none of {reasons[SILENT]} requests", hint="run again once it does")
+            raise ModelError(f"{self.url}: none of {len(silent)} requests was answered: {silent[0]}", hint="run again then")
         dropped.update({f"edits by {self.model}: {why}": n for why, n in reasons.items()})
         return [out for out, _ in answered]
 
@@ -175,7 +177,7 @@ class Crossed(Spec):
     """
 
     pairs: list[Literal["images", "captions"]] = Field(default=["images", "captions"], min_length=1)
-    least: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    least: float = Field(default=0.5, gt=0, lt=1)
     """Least similarity."""
     neighbours: int = Field(default=1, ge=1)
     """Most similar prompts that each prompt is crossed with."""

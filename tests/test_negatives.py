@@ -398,7 +398,7 @@ def test_a_language_model_edits_and_what_cannot_be_used_is_counted(fake: Fake, t
 def test_a_silent_endpoint_leaves_no_empty_shard(fake: Fake, tmp_path: Path) -> None:
     folder = prompted(tmp_path / "d", ENGLISH[:2])
     fake.answer = lambda images, text: 503
-    with pytest.raises(ModelError, match="answered none of 2 requests"):
+    with pytest.raises(ModelError, match="none of 2 requests was answered: it answered 503"):
         made(folder, tmp_path / "out", **asked(fake, attempts=1))
     assert not list((tmp_path / "out").glob("pairs/*"))
     fake.answer = lambda images, text: said('{"caption": "a horse"}')
@@ -432,6 +432,15 @@ def test_two_similar_prompts_make_the_four_pairs_of_their_quadruple(tmp_path: Pa
     assert {value[r["sha256"]] for r in images if r["image_id"] in worst} == {
         min(value[r["sha256"]] for r in images if r["prompt"] == p) for p in (c, d)
     }
+
+
+def test_one_picture_of_two_prompts_is_not_crossed_with_itself(tmp_path: Path) -> None:
+    folder = prompted(tmp_path / "d", ["a red cat", "a red dog"], k=1)
+    rows = read_table(folder, "images").to_pylist()
+    write_shard(folder, "images", 0, [{**r, "sha256": rows[0]["sha256"], "image": rows[0]["image"]} for r in rows])
+    done = made(folder, tmp_path / "out", crossed={"least": 0.1})
+    assert done.pairs == 0
+    assert done.dropped == {"crossings: the same picture has both prompts": 2}
 
 
 def test_crossed_pictures_are_false_for_their_prompt_by_the_judge(tmp_path: Path) -> None:
