@@ -18,15 +18,15 @@ from diffalign.data.records import chunks, find_files, folder_rows, gathered, in
 from diffalign.data.sources import clean, picture_bytes, undecoded
 from diffalign.data.tables import fix_plan, read_notes, shard_path, write_shard
 from diffalign.errors import DataError
+from diffalign.excluding import Barrier, Excluding
 from diffalign.hub import is_hub_id, licence
 from diffalign.safety import Gate, Safety
-from diffalign.spec import Spec
 
 if TYPE_CHECKING:
     from PIL import Image
 
 
-class ImportConfig(Spec):
+class ImportConfig(Excluding):
     """Somebody's preferences as images and pairs tables of a dataset folder."""
 
     version: Literal[1] = 1
@@ -92,12 +92,13 @@ def import_pairs(config: ImportConfig, rank: int = 0, world: int = 1) -> Importe
     """The whole of ``diffalign import``: the shards of this process.
 
     Raises:
-        DataError: the source cannot be read, the folder holds another import, or the labels point the wrong way.
+        DataError: the source cannot be read, a prompt is evaluated on and that is refused, the folder holds another import,
+            or the labels point the wrong way.
     """
     from tqdm import tqdm
 
     out, layout = Path(config.output_dir), LAYOUTS["trl" if config.format == "folders" else config.format]
-    plan = config.model_dump(mode="json", exclude={"output_dir"})
+    plan = config.plan()
     stated = config.licence or licence(config.path, kind="dataset") or layout.licence
     work = Importer(config, layout, stated)
     total = Imported()
@@ -195,6 +196,7 @@ class Importer:
         path = Path(config.path).expanduser()
         self.folder = str(path.parent if path.is_file() else path) if path.exists() else "."
         self.gate = Gate(config.safety) if config.safety is not None else None
+        self.barrier = Barrier(config)
 
     def write(self, out: Path, shard: int, rows: Sequence[dict[str, Any]]) -> None:
         """Images, then scores of the gate, then pairs: a shard is finished when its pairs are there."""
@@ -202,16 +204,21 @@ class Importer:
         dropped: Counter[str] = Counter()
         images: dict[str, Taken | str] = {}
         found: list[tuple[Comparison, str, str]] = []
-        for one in (c for row in rows for c in self.layout.read(row)):
-            if isinstance(one, str):
-                dropped[one] += 1
+        read = [c for row in rows for c in self.layout.read(row)]
+        dropped.update(c for c in read if isinstance(c, str))
+        comparisons = [c for c in read if isinstance(c, Comparison)]
+        captions = [str(c.rejected_prompt if c.rejected_prompt in self.barrier else c.prompt) for c in comparisons]
+        barred = self.barrier.left_out(captions, f"{self.config.path}, shard {shard}")
+        for one, bad in zip(comparisons, barred, strict=True):
+            if bad:
+                dropped["a prompt that is evaluated on"] += 1
                 continue
             if one.p_win == 0.5 and self.config.ties == "drop":
                 dropped["a tie"] += 1
                 continue
             a, b = (self._take(side, one, images) for side in (one.chosen, one.rejected))
-            if bad := next((str(t) for t in (images[a], images[b]) if isinstance(t, str)), None):
-                dropped[bad] += 1
+            if why := next((str(t) for t in (images[a], images[b]) if isinstance(t, str)), None):
+                dropped[why] += 1
             elif a == b:
                 dropped["the same picture twice"] += 1
             else:

@@ -100,12 +100,17 @@ def test_a_gallery_makes_the_same_prompts_and_seeds(tiny: Path, prompts: Path, t
 
 
 def test_evaluation_prompts_are_left_out_however_they_are_written(tiny: Path, prompts: Path, tmp_path: Path) -> None:
-    (tmp_path / "bench.txt").write_text("A Red  circle, on a grey background.\n")
-    done = run(tiny, prompts, tmp_path / "out", exclude=[str(tmp_path / "bench.txt")])
+    bench = str(tmp_path / "bench.txt")
+    Path(bench).write_text("A Red  circle, on a grey background.\n")
+    with pytest.raises(DataError, match=r"1 of 3 prompts are evaluated on .*first 'a red circle .*=drop"):
+        run(tiny, prompts, tmp_path / "out", exclude=[bench])
+    assert not (tmp_path / "out").exists()
+    done = run(tiny, prompts, tmp_path / "out", exclude=[bench], evaluation_prompts="drop")
     assert done.excluded == 1
     assert {r["prompt"] for r in rows(tmp_path / "out")} == set(PROMPTS[1:])
     with pytest.raises(ConfigError, match="none of the 3 prompts is left"):
-        run(tiny, prompts, tmp_path / "no", exclude=[str(prompts)])
+        run(tiny, prompts, tmp_path / "no", exclude=[str(prompts)], evaluation_prompts="drop")
+    assert run(tiny, prompts, tmp_path / "kept", exclude=[bench], evaluation_prompts="keep").images == 6
 
 
 def brightness(images: list[Image.Image], prompts: list[str]) -> list[float]:
@@ -218,7 +223,7 @@ def test_plans_of_older_versions_go_on(tiny: Path, prompts: Path, tmp_path: Path
     run(tiny, prompts, tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     plan = manifest["plans"]["images"]
-    for key in ("gallery", "exclude", "preview", "start_from", "safety", "scheduler"):
+    for key in ("gallery", "exclude", "evaluation_prompts", "preview", "start_from", "safety", "scheduler"):
         del plan[key]
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
     assert run(tiny, prompts, tmp_path / "out").made == 0
@@ -294,7 +299,7 @@ def test_killed_selection_is_byte_identical(tmp_path: Path, processes: int) -> N
 def test_the_command_tells_what_it_left_out(tiny: Path, prompts: Path, tmp_path: Path) -> None:
     words = [f"model.path={tiny}", f"prompts={prompts}", "sampling.num_inference_steps=1", f"output_dir={tmp_path / 'o'}"]
     (tmp_path / "bench.txt").write_text(PROMPTS[0])
-    result = CliRunner().invoke(main, ["generate", *words, f"exclude=[{tmp_path / 'bench.txt'}]"])
+    result = CliRunner().invoke(main, ["generate", *words, f"exclude=[{tmp_path / 'bench.txt'}]", "evaluation_prompts=drop"])
     assert result.exit_code == 0, result.output
     assert "2 images made now" in result.output
     assert "1 prompts left out" in result.output

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 from conftest import picture
 
-from diffalign.catalogue import shipped_configs
+from diffalign.catalogue import kind_of, shipped_configs
+from diffalign.generation import GenerateConfig
 from diffalign.recipes import TrainConfig, train
+from diffalign.selection import SelectConfig
 from diffalign.spec import load
 from diffalign.train.tracking import read_metrics
 
-METHODS = [n for n in shipped_configs() if n.startswith("presets/") and "/memory/" not in n]
+PRESETS = [n for n in shipped_configs() if n.startswith("presets/") and "/memory/" not in n]
+METHODS = [n for n in PRESETS if kind_of(n) == "train"]
 CANONICAL = ["diffusion-dpo", "mapo", "diffusion-kto", "rank-dpo", "linear-dpo"]
 CORE = [*CANONICAL, "smpo", "safeguard-dpo", "curriculum-dpo", "dspo", "rdp"]
 STORED = "presets/reconstructed/pnapo"
@@ -83,11 +86,21 @@ def test_five_canonical_methods_train_on_every_family(
 
 
 def test_presets_say_where_they_come_from() -> None:
-    for name in METHODS:
+    for name in PRESETS:
         head = [line for line in shipped_configs()[name].read_text().splitlines() if line.startswith("#")]
         assert len(head) >= 2, name
         assert re.search(r"arXiv \d{4}\.\d{5}|20\d\d|LLaDA|Diffusion-SDPO", "\n".join(head)), name
         assert ("/reconstructed/" in name) == head[0].startswith("# status: reconstruction"), name
+
+
+def test_presets_of_data_are_valid_for_their_verb() -> None:
+    found = {kind: [n for n in PRESETS if kind_of(n) == kind] for kind in ("pairs", "generate")}
+    assert len(found["pairs"]) == 4
+    assert len(found["generate"]) == 1
+    for kind, cls in (("pairs", SelectConfig), ("generate", GenerateConfig)):
+        for name in found[kind]:
+            load(cls, shipped_configs()[name])
+            assert f"For `diffalign {kind}`" in shipped_configs()[name].read_text(), name
 
 
 def test_the_rows_of_the_leaderboard_are_configurations(monkeypatch: pytest.MonkeyPatch) -> None:

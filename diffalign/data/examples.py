@@ -31,8 +31,7 @@ class Example:
 
 def of_pair(pair: Pair) -> Example:
     """A pair as an example."""
-    prompts = (pair.prompt, pair.rejected_prompt or pair.prompt)
-    return Example((pair.chosen, pair.rejected), prompts, pair.scores, pair.p_win, weight=pair.weight)
+    return Example((pair.chosen, pair.rejected), pair.prompts, pair.scores, pair.p_win, weight=pair.weight)
 
 
 def labels_of(pairs: Sequence[Pair]) -> list[Example]:
@@ -40,7 +39,7 @@ def labels_of(pairs: Sequence[Pair]) -> list[Example]:
     won = {(p.prompt, p.chosen.key) for p in pairs}
     out: dict[tuple[str, str], Example] = {}
     for pair in pairs:
-        for picture, prompt in ((pair.chosen, pair.prompt), (pair.rejected, pair.rejected_prompt or pair.prompt)):
+        for picture, prompt in zip((pair.chosen, pair.rejected), pair.prompts, strict=True):
             key = (prompt, picture.key)
             out.setdefault(key, Example((picture,), (prompt,), good=key in won))
     return list(out.values())

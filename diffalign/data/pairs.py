@@ -27,6 +27,9 @@ class Prompted(Protocol):
     @property
     def prompt(self) -> str: ...
 
+    @property
+    def prompts(self) -> tuple[str, ...]: ...
+
 
 P = TypeVar("P", bound=Prompted)
 PAIR_COLUMNS = ("pair_id", "prompt", "chosen_id", "rejected_id", "p_win")
@@ -96,6 +99,11 @@ class Pair:
     """The loser's own caption, where it has one."""
     weight: float = 1.0
 
+    @property
+    def prompts(self) -> tuple[str, str]:
+        """The caption of each picture."""
+        return self.prompt, self.rejected_prompt or self.prompt
+
 
 def read_pairs(source: str | Path, limit: int | None = None) -> list[Pair]:
     """Pairs of a dataset folder (``pairs/`` and ``images/``), a Parquet, CSV or JSONL file, or a hub dataset id.
@@ -149,7 +157,7 @@ def apart(pairs: Sequence[P], evaluated: Iterable[str], action: Literal["refuse"
         DataError: there are some, and they are refused; or nothing is left.
     """
     barred = {normalised(p) for p in evaluated}
-    kept = [p for p in pairs if action == "keep" or normalised(p.prompt) not in barred]
+    kept = [p for p in pairs if action == "keep" or barred.isdisjoint(map(normalised, p.prompts))]
     if len(kept) < len(pairs) and (action == "refuse" or not kept):
         raise DataError(
             f"{len(pairs) - len(kept)} of {len(pairs)} training pairs have a prompt that is evaluated on",

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diffalign.data.lines import json_lines
 from diffalign.data.prompts import PROMPT_COLUMNS
 from diffalign.errors import DataError
 
@@ -163,16 +164,7 @@ def _csv(fs: Any, file: str) -> Iterator[dict[str, Any]]:
 
 def _jsonl(fs: Any, file: str) -> Iterator[dict[str, Any]]:
     with fs.open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as e:
-                raise DataError(f"{file}, line {number}: not JSON: {e}") from e
-            if not isinstance(row, dict):
-                raise DataError(f"{file}, line {number}: expected a JSON object")
-            yield row
+        yield from json_lines(lines, file)
 
 
 def _parquet(fs: Any, file: str) -> Iterator[dict[str, Any]]:
