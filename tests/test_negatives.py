@@ -25,7 +25,7 @@ from diffalign.data.examples import labels_of
 from diffalign.data.pairs import apart, read_pairs
 from diffalign.data.prompts import normalised
 from diffalign.data.tables import read_table, write_shard
-from diffalign.data.wording import GLUE, may_show, similar
+from diffalign.data.wording import GLUE, Similar, may_show
 from diffalign.errors import ConfigError, DataError, ModelError
 from diffalign.importing import ImportConfig, import_pairs
 from diffalign.inspection import validate_dataset
@@ -223,15 +223,18 @@ def test_captions_of_one_scene_are_known_as_such() -> None:
                 assert may_show(one.caption(a), two.caption(b))
 
 
-@given(st.lists(st.lists(st.sampled_from(["red", "cat", "dog", "tree", "sky", "car"]), max_size=5), min_size=2, max_size=40))
-def test_similarity_is_the_jaccard_index(found: list[list[str]]) -> None:
+@given(
+    st.floats(0.05, 0.95) | st.sampled_from([1 / 3, 0.5, 0.6]),
+    st.lists(st.lists(st.sampled_from(["red", "cat", "dog", "tree", "sky", "car"]), max_size=5), min_size=2, max_size=40),
+)
+def test_similarity_is_the_jaccard_index(least: float, found: list[list[str]]) -> None:
     captions = [" ".join(words) for words in found]
     sets = [set(words) - GLUE for words in found]
-    rows = list(similar(captions, 0.4, range(len(captions))))
-    assert [row for row, _ in rows] == list(range(len(captions)))
-    for row, others in rows:
+    similar = Similar(captions, least)
+    for row in range(len(captions)):
+        others = similar.to(row)
         index = {j: len(sets[row] & s) / len(sets[row] | s) for j, s in enumerate(sets) if j != row and sets[row] & s}
-        assert dict(others) == pytest.approx({j: x for j, x in index.items() if x >= 0.4})
+        assert dict(others) == pytest.approx({j: x for j, x in index.items() if x >= least})
         assert [j for j, _ in others] == sorted((j for j, _ in others), key=lambda j: (-index[j], j))
 
 
