@@ -154,6 +154,7 @@ class Selection:
             out.pairs = self._captioned(captions, n, out)
         if self.config.crossed is not None:
             out.pairs += self._crossed(self.config.crossed, n, out)
+        out.ties = sum(self.p_win(p.margin) == 0.5 for p in out.pairs)
         return out
 
     def _by_rule(self, n: int, out: Chosen) -> list[Row]:
@@ -178,7 +179,6 @@ class Selection:
                 else:
                     out.dropped["margin too small"] += 1
             kept = capped(kept, config.max_per_image, config.max_per_prompt, out.dropped)
-            out.ties += sum(one.margin <= rule.min_margin for one in kept)
             pairs += [Row(int(rows[p.chosen]), int(rows[p.rejected]), said, p.margin) for p in kept]
         return pairs
 

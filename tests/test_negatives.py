@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from itertools import permutations, product
 from pathlib import Path
@@ -24,6 +26,7 @@ from diffalign.data.english import plural, singular
 from diffalign.data.examples import labels_of
 from diffalign.data.pairs import apart, read_pairs
 from diffalign.data.prompts import normalised
+from diffalign.data.suites import SUITES
 from diffalign.data.tables import read_table, write_shard
 from diffalign.data.wording import GLUE, Similar, may_show
 from diffalign.errors import ConfigError, DataError, ModelError
@@ -69,6 +72,7 @@ RELATIONS = {
 COUNTS = {
     "a dog": ["two dogs", "three dogs", "four dogs"],
     "A small box is open": ["Two small boxes are open", "Three small boxes are open", "Four small boxes are open"],
+    "Dogs. A box is open": ["Dogs. Two boxes are open", "Dogs. Three boxes are open", "Dogs. Four boxes are open"],
     "one child smiling": ["two children smiling", "three children smiling", "four children smiling"],
     "two cities": ["three cities", "four cities", "five cities", "one city"],
     "photo of 3 women": ["photo of 2 women", "photo of 4 women", "photo of 5 women", "photo of one woman"],
@@ -301,6 +305,9 @@ def test_losers_get_captions_of_their_own(tmp_path: Path) -> None:
     assert [tuple(r[k] for k in kept) for r in written(tmp_path / "out")] == want
     assert all(p.rejected_prompt == edits(p.prompt, EVERY_KIND, 0)[0].text for p in read_pairs(tmp_path / "out"))
     assert done.dropped["prompts without attribute, count, relation to edit"] == 1
+    tied = {"rule": {"type": "all", "min_margin": 3.0}, "ties": "keep", "captions": {"type": "edits", "of": "losers"}}
+    done = select(config(folder, tmp_path / "tied", **tied))
+    assert done.ties == sum(r["p_win"] == 0.5 for r in written(tmp_path / "tied")) > 0
 
 
 def test_edits_belong_to_the_seed_and_the_prompt_alone(tmp_path: Path) -> None:
@@ -554,6 +561,19 @@ def test_the_commands_say_what_is_refused(suite: str, tmp_path: Path) -> None:
     wrong = CliRunner().invoke(main, [*words[:-1], "exclude=[geneval:./none]", "output_dir=x"])
     assert wrong.exit_code == 2
     assert "no such file" in wrong.output
+
+
+def test_the_documented_suites_are_those_that_are_known() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    known = re.search(r"Known are (.+?);", page, re.DOTALL)
+    assert known is not None
+    assert set(re.findall(r"`(.+?)`", known[1])) == set(SUITES)
+
+
+def test_pairs_begin_without_torch() -> None:
+    code = "import sys, diffalign.selection; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_ordered_pair_of_small_captions_is_symmetric_where_it_must_be() -> None:
