@@ -561,6 +561,9 @@ def test_the_commands_say_what_is_refused(suite: str, tmp_path: Path) -> None:
     wrong = CliRunner().invoke(main, [*words[:-1], "exclude=[geneval:./none]", "output_dir=x"])
     assert wrong.exit_code == 2
     assert "no such file" in wrong.output
+    wrong = CliRunner().invoke(main, [*words[:-2], "exclude=[geneval]", "output_dir=x"])
+    assert wrong.exit_code == 2
+    assert "write geneval:PATH" in wrong.output
 
 
 def test_the_documented_suites_are_those_that_are_known() -> None:
