@@ -15,6 +15,7 @@ from pydantic import Field
 from diffalign.data.grouped import Floats, Images, Ints, coded, in_units
 from diffalign.data.prompts import Prompt
 from diffalign.data.tables import conform
+from diffalign.data.wording import Similar
 from diffalign.excluding import Barrier
 from diffalign.negatives import Captions, Crossed, leaves_world
 from diffalign.pairs import Group, capped, sigmoid
@@ -153,6 +154,7 @@ class Selection:
             out.pairs = self._captioned(captions, n, out)
         if self.config.crossed is not None:
             out.pairs += self._crossed(self.config.crossed, n, out)
+        out.ties = sum(self.p_win(p.margin) == 0.5 for p in out.pairs)
         return out
 
     def _by_rule(self, n: int, out: Chosen) -> list[Row]:
@@ -177,7 +179,6 @@ class Selection:
                 else:
                     out.dropped["margin too small"] += 1
             kept = capped(kept, config.max_per_image, config.max_per_prompt, out.dropped)
-            out.ties += sum(one.margin <= rule.min_margin for one in kept)
             pairs += [Row(int(rows[p.chosen]), int(rows[p.rejected]), said, p.margin) for p in kept]
         return pairs
 
@@ -203,10 +204,13 @@ class Selection:
 
     def _crossed(self, crossed: Crossed, n: int, out: Chosen) -> list[Row]:
         said, pairs, prompts = dump(crossed).strip(), list[Row](), self.images.prompts
-        near = crossed.neighbours_of(prompts, self.prompts_of(n), lambda p: len(self.usable(p)) > 0, out.dropped)
-        for prompt, others in near:
+
+        def usable(prompt: int) -> bool:
+            return len(self.usable(prompt)) > 0
+
+        for prompt in filter(usable, self.prompts_of(n)):
             best = self._end(prompt, "best")
-            for other in others:
+            for other in crossed.neighbours_of(prompt, prompts, self.similar, usable, out.dropped):
                 lost = self._end(other, crossed.take)
                 if self.sha[best] == self.sha[lost]:
                     out.dropped["crossings: the same picture has both prompts"] += 1
@@ -237,6 +241,12 @@ class Selection:
         if margin <= self.config.rule.min_margin:
             return 0.5
         return 1.0 if self.config.temperature is None else sigmoid(margin / self.config.temperature)
+
+    @cached_property
+    def similar(self) -> Similar:
+        """Of all prompts."""
+        assert self.config.crossed is not None
+        return Similar(self.images.prompts, self.config.crossed.least)
 
     @cached_property
     def edges(self) -> Floats:

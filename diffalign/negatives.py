@@ -6,7 +6,7 @@ import json
 import re
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Literal
@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 
 from diffalign.data.edits import Edit, Kind, edits
 from diffalign.data.prompts import normalised
-from diffalign.data.wording import may_show, similar
+from diffalign.data.wording import Similar, may_show
 from diffalign.errors import DataError, ModelError
 from diffalign.spec import Choice, Spec
 
@@ -185,22 +185,19 @@ class Crossed(Spec):
     """Which image of the other prompt loses, by the reward; without a reward its first or last."""
 
     def neighbours_of(
-        self, prompts: Sequence[str], rows: range, usable: Callable[[int], bool], dropped: Counter[str]
-    ) -> Iterator[tuple[int, list[int]]]:
-        """For each prompt of ``rows`` the others that it is crossed with, the most similar first."""
-        for row, found in similar(prompts, self.least, rows):
-            if not usable(row):
-                continue
-            out: list[int] = []
-            for other in (j for j, _ in found):
-                if len(out) == self.neighbours:
-                    break
-                if not usable(other):
-                    dropped["crossings: the other prompt has no usable image"] += 1
-                elif may_show(prompts[row], prompts[other]) or may_show(prompts[other], prompts[row]):
-                    dropped["crossings: one prompt says all that the other says"] += 1
-                else:
-                    out.append(other)
-            if not out:
-                dropped["prompts without a similar one to cross with"] += 1
-            yield row, out
+        self, row: int, prompts: Sequence[str], similar: Similar, usable: Callable[[int], bool], dropped: Counter[str]
+    ) -> list[int]:
+        """The prompts that prompt ``row`` is crossed with, the most similar first."""
+        out: list[int] = []
+        for other, _ in similar.to(row):
+            if len(out) == self.neighbours:
+                break
+            if not usable(other):
+                dropped["crossings: the other prompt has no usable image"] += 1
+            elif may_show(prompts[row], prompts[other]) or may_show(prompts[other], prompts[row]):
+                dropped["crossings: one prompt says all that the other says"] += 1
+            else:
+                out.append(other)
+        if not out:
+            dropped["prompts without a similar one to cross with"] += 1
+        return out

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from itertools import permutations, product
 from pathlib import Path
@@ -24,8 +26,9 @@ from diffalign.data.english import plural, singular
 from diffalign.data.examples import labels_of
 from diffalign.data.pairs import apart, read_pairs
 from diffalign.data.prompts import normalised
+from diffalign.data.suites import SUITES
 from diffalign.data.tables import read_table, write_shard
-from diffalign.data.wording import GLUE, may_show, similar
+from diffalign.data.wording import GLUE, Similar, may_show
 from diffalign.errors import ConfigError, DataError, ModelError
 from diffalign.importing import ImportConfig, import_pairs
 from diffalign.inspection import validate_dataset
@@ -69,6 +72,7 @@ RELATIONS = {
 COUNTS = {
     "a dog": ["two dogs", "three dogs", "four dogs"],
     "A small box is open": ["Two small boxes are open", "Three small boxes are open", "Four small boxes are open"],
+    "Dogs. A box is open": ["Dogs. Two boxes are open", "Dogs. Three boxes are open", "Dogs. Four boxes are open"],
     "one child smiling": ["two children smiling", "three children smiling", "four children smiling"],
     "two cities": ["three cities", "four cities", "five cities", "one city"],
     "photo of 3 women": ["photo of 2 women", "photo of 4 women", "photo of 5 women", "photo of one woman"],
@@ -223,15 +227,18 @@ def test_captions_of_one_scene_are_known_as_such() -> None:
                 assert may_show(one.caption(a), two.caption(b))
 
 
-@given(st.lists(st.lists(st.sampled_from(["red", "cat", "dog", "tree", "sky", "car"]), max_size=5), min_size=2, max_size=40))
-def test_similarity_is_the_jaccard_index(found: list[list[str]]) -> None:
+@given(
+    st.floats(0.05, 0.95) | st.sampled_from([1 / 3, 0.5, 0.6]),
+    st.lists(st.lists(st.sampled_from(["red", "cat", "dog", "tree", "sky", "car"]), max_size=5), min_size=2, max_size=40),
+)
+def test_similarity_is_the_jaccard_index(least: float, found: list[list[str]]) -> None:
     captions = [" ".join(words) for words in found]
     sets = [set(words) - GLUE for words in found]
-    rows = list(similar(captions, 0.4, range(len(captions))))
-    assert [row for row, _ in rows] == list(range(len(captions)))
-    for row, others in rows:
+    similar = Similar(captions, least)
+    for row in range(len(captions)):
+        others = similar.to(row)
         index = {j: len(sets[row] & s) / len(sets[row] | s) for j, s in enumerate(sets) if j != row and sets[row] & s}
-        assert dict(others) == pytest.approx({j: x for j, x in index.items() if x >= 0.4})
+        assert dict(others) == pytest.approx({j: x for j, x in index.items() if x >= least})
         assert [j for j, _ in others] == sorted((j for j, _ in others), key=lambda j: (-index[j], j))
 
 
@@ -298,6 +305,9 @@ def test_losers_get_captions_of_their_own(tmp_path: Path) -> None:
     assert [tuple(r[k] for k in kept) for r in written(tmp_path / "out")] == want
     assert all(p.rejected_prompt == edits(p.prompt, EVERY_KIND, 0)[0].text for p in read_pairs(tmp_path / "out"))
     assert done.dropped["prompts without attribute, count, relation to edit"] == 1
+    tied = {"rule": {"type": "all", "min_margin": 3.0}, "ties": "keep", "captions": {"type": "edits", "of": "losers"}}
+    done = select(config(folder, tmp_path / "tied", **tied))
+    assert done.ties == sum(r["p_win"] == 0.5 for r in written(tmp_path / "tied")) > 0
 
 
 def test_edits_belong_to_the_seed_and_the_prompt_alone(tmp_path: Path) -> None:
@@ -551,6 +561,22 @@ def test_the_commands_say_what_is_refused(suite: str, tmp_path: Path) -> None:
     wrong = CliRunner().invoke(main, [*words[:-1], "exclude=[geneval:./none]", "output_dir=x"])
     assert wrong.exit_code == 2
     assert "no such file" in wrong.output
+    wrong = CliRunner().invoke(main, [*words[:-2], "exclude=[geneval]", "output_dir=x"])
+    assert wrong.exit_code == 2
+    assert "write geneval:PATH" in wrong.output
+
+
+def test_the_documented_suites_are_those_that_are_known() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    known = re.search(r"Known are (.+?);", page, re.DOTALL)
+    assert known is not None
+    assert set(re.findall(r"`(.+?)`", known[1])) == set(SUITES)
+
+
+def test_pairs_begin_without_torch() -> None:
+    code = "import sys, diffalign.selection; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_ordered_pair_of_small_captions_is_symmetric_where_it_must_be() -> None:

@@ -83,12 +83,13 @@ class Line:
         return self.word(i).replace("-", "").isalpha() and self.word(i) not in en.FUNCTION and not self.named(i)
 
     def named(self, i: int) -> bool:
-        """Written with a capital that does not merely begin the sentence: part of a name."""
+        """Written with a capital that does not merely begin a sentence: part of a name."""
 
         def capital(j: int) -> bool:
             return 0 <= j < len(self.found) and self.found[j][0][:1].isupper()
 
-        return capital(i) and (i > 0 or capital(1))
+        begins = i == 0 or self.word(i - 1) in (".", "!", "?")
+        return capital(i) and (not begins or capital(i + 1))
 
     def stated(self) -> Iterator[tuple[int, str]]:
         """Words that are no names, and that the caption says to hold: not "no red cars", not "red or blue"."""
@@ -124,9 +125,7 @@ class Line:
         after = self.word(i + 1)
         listed = after in ("and", ",") and self.word(i + 2) in en.ADJECTIVES
         behind = self.word(i - 1) in en.LINKS and not self.plain(i + 1)
-        colour = (
-            self.word(i) in en.COLOURS and self.word(i - 1) in ("in", "on") and not self.plain(i + 1) and not after.isalpha()
-        )
+        colour = self.word(i) in en.COLOURS and self.word(i - 1) in ("in", "on") and not after.isalpha()
         return self.plain(i + 1) or after in ("colored", "coloured") or listed or behind or colour
 
     def of_class(self, i: int, word: str) -> list[str]:
@@ -175,10 +174,9 @@ class Line:
     def opens(self, i: int) -> bool:
         """Whether an article begins something that is there, not a place or a manner: "a dog", not "in a park"."""
         before = self.word(i - 1)
-        of = before == "of" and self.word(i - 2) in (*en.SWAPS, "photo", "picture", "image", "painting", "front")
-        return (
-            not before.isalpha() or before in ("and", "with", "behind", "above", "below", "beside") or of or self.plain(i - 1)
-        )
+        if before == "of":
+            return self.word(i - 2) in (*en.SWAPS, "photo", "picture", "image", "painting", "front")
+        return not before.isalpha() or self.plain(i - 1) or before in ("and", "with", "behind", "above", "below", "beside")
 
     def noun(self, i: int, many: bool = False) -> int | None:
         """Where the noun of at most three words that begin at ``i`` is; None where that is not sure."""

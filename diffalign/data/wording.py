@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 from diffalign.data.english import NUMBERS, words_of
@@ -58,27 +59,33 @@ def may_show(caption: str, other: str) -> bool:
     return not Counter(asked) - Counter(masked)
 
 
-def similar(captions: Sequence[str], least: float, rows: range) -> Iterator[tuple[int, list[tuple[int, float]]]]:
-    """For each of ``rows``: other captions whose Jaccard index |A and B| / |A or B| of words is ``least`` or more.
+class Similar:
+    """For each caption the others whose Jaccard index |A and B| / |A or B| of words is ``least`` or more.
 
-    The most similar first, equal ones in their order. Memory is that of a few rows against all.
+    Exact, and without a look at most pairs: sets with that index share one of the len(A) - ceil(least len(A)) + 1 rarest
+    words of either (Chaudhuri et al. 2006, A Primitive Operator for Similarity Joins in Data Cleaning).
     """
-    import numpy as np
-    from scipy.sparse import csr_array
 
-    place: dict[str, int] = {}
-    sets = [sorted({place.setdefault(w, len(place)) for w in words(c)}) for c in captions]
-    size = np.array([len(s) for s in sets])
-    ends = np.concatenate([[0], np.cumsum(size)])
-    flat = np.array([i for s in sets for i in s], np.int64)
-    table = csr_array((np.ones(len(flat), np.int32), flat, ends), shape=(len(sets), max(len(place), 1)))
-    turned = table.T.tocsr()
-    for start in range(rows.start, rows.stop, 64):
-        block = range(start, min(start + 64, rows.stop))
-        shared = (table[block.start : block.stop] @ turned).tocsr()
-        for i, row in enumerate(block):
-            others = shared.indices[shared.indptr[i] : shared.indptr[i + 1]]
-            common = shared.data[shared.indptr[i] : shared.indptr[i + 1]]
-            index = common / (size[row] + size[others] - common)
-            found = sorted((-x, int(j)) for x, j in zip(index.tolist(), others, strict=True) if x >= least and j != row)
-            yield row, [(j, -x) for x, j in found]
+    def __init__(self, captions: Sequence[str], least: float) -> None:
+        said = [set(words(c)) for c in captions]
+        count = Counter(w for s in said for w in s)
+        rank = {w: n for n, w in enumerate(sorted(count, key=lambda w: (count[w], w)))}
+        self.least = least
+        self.sets = [tuple(sorted(rank[w] for w in s)) for s in said]
+        self.having: dict[int, list[int]] = {}
+        for row, s in enumerate(self.sets):
+            for w in self._rarest(s):
+                self.having.setdefault(w, []).append(row)
+
+    def _rarest(self, ranks: tuple[int, ...]) -> tuple[int, ...]:
+        return ranks[: len(ranks) - math.ceil(self.least * len(ranks) - 1e-9) + 1]
+
+    def to(self, row: int) -> list[tuple[int, float]]:
+        """(other, index), the most similar first, equal ones in their order."""
+        mine, found = set(self.sets[row]), []
+        for other in {j for w in self._rarest(self.sets[row]) for j in self.having[w]} - {row}:
+            shared = len(mine.intersection(self.sets[other]))
+            index = shared / (len(mine) + len(self.sets[other]) - shared)
+            if index >= self.least:
+                found.append((-index, other))
+        return [(other, -index) for index, other in sorted(found)]
