@@ -277,7 +277,7 @@ def test_killed_generation_is_byte_identical(tiny: Path, prompts: Path, tmp_path
     generate_dataset(config)
     words = ["generate", f"model.path={tiny}", f"prompts={prompts}", "images_per_prompt=16", "shard_size=2"]
     words += ["sampling.num_inference_steps=2", "sampling.batch_size=2", f"output_dir={out}"]
-    killed_at_random(words, out, "images", processes, 3 if processes == 1 else 2, 24)
+    killed_at_random(words, out, "images", processes, 5, 24)
     assert {k: v for k, v in files(out).items() if not k.endswith(".tmp")} == files(tmp_path / "whole")
 
 
@@ -292,7 +292,7 @@ def test_killed_selection_is_byte_identical(tmp_path: Path, processes: int) -> N
     select(config(folder, tmp_path / "whole", **more))
     out = tmp_path / "killed"
     words = ["pairs", f"path={folder}", "reward.good=1", "rule.type=all", "bins=3", "lists=true", "shard_size=1"]
-    killed_at_random([*words, f"output_dir={out}"], out, "pairs", processes, 5 if processes == 1 else 2, 60)
+    killed_at_random([*words, f"output_dir={out}"], out, "pairs", processes, 5, 60)
     assert {k: v for k, v in files(out).items() if not k.endswith(".tmp")} == files(tmp_path / "whole")
 
 

@@ -23,15 +23,25 @@ class Example:
     p_win: float = 1.0
     good: bool = True
     weight: float = 1.0
+    group: str | None = None
+    """Whom it comes from, where that matters."""
+    profile: str = ""
+    """Words about the user, which the model reads before the prompt."""
 
     @property
     def prompt(self) -> str:
         return self.prompts[0]
 
+    @property
+    def said(self) -> tuple[str, ...]:
+        """What the model reads: one text per picture."""
+        return tuple(f"{self.profile} {p}" for p in self.prompts) if self.profile else self.prompts
+
 
 def of_pair(pair: Pair) -> Example:
     """A pair as an example."""
-    return Example((pair.chosen, pair.rejected), pair.prompts, pair.scores, pair.p_win, weight=pair.weight)
+    pictures = (pair.chosen, pair.rejected)
+    return Example(pictures, pair.prompts, pair.scores, pair.p_win, weight=pair.weight, profile=pair.profile)
 
 
 def labels_of(pairs: Sequence[Pair]) -> list[Example]:
