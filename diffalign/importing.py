@@ -106,7 +106,7 @@ def import_pairs(config: ImportConfig, rank: int = 0, world: int = 1) -> Importe
 
     out, layout = Path(config.output_dir), LAYOUTS["trl" if config.format == "folders" else config.format]
     plan = config.plan()
-    stated = config.licence or licence(config.path, kind="dataset") or layout.licence
+    stated = config.licence or licence(config.path, kind="dataset", fetch=True) or layout.licence
     work = Importer(config, layout, stated)
     total = Imported()
     seen = 0
@@ -190,6 +190,8 @@ def _hub(config: ImportConfig, layout: Layout, skip: Sequence[str]) -> Iterator[
         stream = load_dataset(config.path, split=config.split, streaming=True)
         there = stream.column_names or []
         kept = [c for c in there if (not layout.columns or c in (*layout.columns, *layout.pictures)) and c not in skip]
+        if len(kept) < len(there) and stream.info.builder_name == "parquet":  # select_columns drops what was fetched already
+            return load_dataset(config.path, split=config.split, streaming=True, columns=kept)
         return stream.select_columns(kept) if there else stream
 
     return undecoded(opened, config.path)

@@ -238,7 +238,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1]), "ACCELERATE_USE_CPU": "true"}
 
 
-def launch(words: list[str], processes: int) -> subprocess.Popen[bytes]:
+def launch(words: list[str], processes: int, **more: str) -> subprocess.Popen[bytes]:
     """The command, alone or under torchrun with gloo; the group of processes dies together."""
     command = [sys.executable, "-m", "diffalign", *words]
     if processes > 1:
@@ -248,7 +248,7 @@ def launch(words: list[str], processes: int) -> subprocess.Popen[bytes]:
         torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", port]
         command = [sys.executable, *torchrun, "-m", "diffalign", *words]
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-    return subprocess.Popen(command, env=environment(), **quiet)
+    return subprocess.Popen(command, env=environment() | more, **quiet)
 
 
 def killed_at_random(words: list[str], out: Path, table: str, processes: int, kills: int, total: int) -> None:
