@@ -24,6 +24,15 @@ if TYPE_CHECKING:
     from diffalign.train.feeds import Offline
 
 
+class Labels(Spec):
+    """The ``data.labels`` section: single images of a scored dataset folder, good or bad."""
+
+    score: str
+    """A name in the scores table."""
+    at: float
+    """Images of this value or more are good."""
+
+
 class DataSpec(Spec):
     """The ``data`` section."""
 
@@ -57,6 +66,8 @@ class DataSpec(Spec):
     """Of labels: weigh them so that good images carry this share."""
     group_size: int = Field(default=4, ge=2)
     """Images per group, for losses on groups."""
+    labels: Labels | None = None
+    """Take labels from a score, instead of from pairs."""
     groups: Groups | None = None
     """Tell pairs apart by whom they come from: balanced, or with more weight on whoever fares worst."""
     profiles: Profiles | None = None
@@ -84,8 +95,9 @@ def consistent(c: TrainConfig) -> None:
         raise ValueError(f"{wrong[0]} is about pairs, but {names} is about {total.data}: drop it")
     if total.data == "labels" and noise == "shared":
         raise ValueError(f"coupling.noise is shared, but {names} sees single images, each with its own noise: drop it")
-    if data.positive_share is not None and total.data != "labels":
-        raise ValueError(f"data.positive_share is about labels, but {names} is about {total.data}: drop it")
+    for key, value in (("positive_share", data.positive_share), ("labels", data.labels)):
+        if value is not None and total.data != "labels":
+            raise ValueError(f"data.{key} is about labels, but {names} is about {total.data}: drop it")
     if not isinstance(c.reference, Base) and "reference" not in total.needs:
         raise ValueError(f"reference is set, but {names} does without one: drop it")
     if c.train.protect_winner is not None and noise not in (None, "shared"):
@@ -131,7 +143,7 @@ def build_examples(config: TrainConfig, given: Sequence[Pair] | None = None) -> 
     Raises:
         DataError: the data lacks what the objective reads; names the column.
     """
-    from diffalign.data.examples import balanced, labels_of, read_groups, read_labels
+    from diffalign.data.examples import balanced, labels_of, read_groups, read_labels, read_rated
     from diffalign.data.pairs import split_by_prompt
 
     spec, total = config.data, config.total
@@ -140,7 +152,12 @@ def build_examples(config: TrainConfig, given: Sequence[Pair] | None = None) -> 
         case "pairs":
             training, held = (_of_pairs(some, spec) for some in build_pairs(spec, config.train.seed, given))
         case "labels":
-            found = labels_of(given) if given is not None else read_labels(source, spec.limit)
+            if given is not None:
+                found = labels_of(given)
+            elif spec.labels is not None:
+                found = read_rated(source, spec.labels.score, spec.labels.at, spec.limit)
+            else:
+                found = read_labels(source, spec.limit)
             training, held = split_by_prompt(found, spec.holdout)
         case "groups":
             if given is not None:

@@ -20,6 +20,7 @@ from diffalign.data.scores import read_scored
 from diffalign.data.tables import read_table
 from diffalign.data.tfrecords import crc32c, example, masked, records, tfrecord_rows
 from diffalign.errors import ConfigError, DataError
+from diffalign.spec import validate
 from tests.test_import import PICKAPIC, jpeg, pairs, pick, run
 
 
@@ -280,9 +281,28 @@ def test_parquet_copies_bring_their_pictures_and_names_alone_are_refused(publish
 
 def test_the_scores_make_pairs_by_any_rule(published: tuple[Path, Path], tmp_path: Path) -> None:
     from diffalign.selection import SelectConfig, select
-    from diffalign.spec import validate
 
     run(published[0], "richhf", tmp_path / "in", pictures_from=str(published[1]))
     said = {"path": str(tmp_path / "in"), "reward": {"richhf/artifact": 1}, "output_dir": str(tmp_path / "out")}
     select(validate(SelectConfig, said))
     assert ("a cat, asleep", "a0", "a1", 1.0) in pairs(tmp_path / "out")
+
+
+def test_single_pictures_are_labels_by_their_score(published: tuple[Path, Path], tmp_path: Path, overrides: list[str]) -> None:
+    from diffalign.data.examples import read_rated
+    from diffalign.recipes import TrainConfig, train
+    from diffalign.spec import with_overrides
+
+    out = str(tmp_path / "in")
+    run(published[0], "richhf", Path(out), pictures_from=str(published[1]))
+    found = {x.pictures[0].key: x.good for x in read_rated(out, "richhf/overall", 0.5)}
+    good = {"a0": True, "a1": False, "b0": False, "a3": True, "b3": True}
+    assert found == {r.sha256: good[r.image_id] for r in read_scored(Path(out))}
+    more = [*overrides, f"data.path={out}", "data.holdout=0", "evaluate.enabled=false"]
+    config = {"objective": {"type": "kto"}, "model": {"lora": {"rank": 2}}}
+    labels = "data.labels={score: richhf/overall, at: 0.5}"
+    assert train(validate(TrainConfig, with_overrides(config, [*more, labels]))).metrics["steps"] == 2
+    with pytest.raises(DataError, match="no image has the score 'clip'"):
+        read_rated(out, "clip", 0.5)
+    with pytest.raises(ConfigError, match=r"data\.labels is about labels, but sigmoid is about pairs"):
+        validate(TrainConfig, with_overrides({"objective": {"type": "sigmoid"}}, [*more, labels]))

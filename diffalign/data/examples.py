@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.data.pairs import Pair, Picture, own_pictures, picture_source, read_pairs, rows_of, table_rows
+from diffalign.data.scores import read_scored
 from diffalign.errors import DataError
 
 
@@ -79,6 +80,24 @@ def read_labels(source: str, limit: int | None = None) -> list[Example]:
         rows = islice(table_rows(path), limit)
         return [_label(row, path, f"{source}, row {n}") for n, row in enumerate(rows, 1)]
     return labels_of(read_pairs(source, limit))
+
+
+def read_rated(source: str, score: str, at: float, limit: int | None = None) -> list[Example]:
+    """Single images of a dataset folder, good if their ``score`` is ``at`` or more; those without it are left out.
+
+    Raises:
+        DataError: it is no folder with scores, or no image has this one; names those that there are.
+    """
+    pictures, rows = own_pictures(Path(source)), read_scored(Path(source))
+    out, there = list[Example](), dict[str, None]()
+    for row in rows:
+        there |= dict.fromkeys(row.values)
+        value = row.values.get(score)
+        if value is not None and row.prompt and row.image_id in pictures:
+            out.append(Example((pictures[row.image_id],), (row.prompt,), good=value >= at))
+    if not out:
+        raise DataError(f"{source}: no image has the score {score!r}", hint=f"there are {', '.join(there) or 'none'}")
+    return out[:limit]
 
 
 def _has(path: Path, column: str) -> bool:
