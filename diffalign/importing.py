@@ -211,7 +211,7 @@ class Importer:
     def __init__(self, config: ImportConfig, layout: Layout, stated: str | None) -> None:
         self.config, self.layout, self.licence = config, layout, stated
         path = Path(config.path).expanduser()
-        self.folder = str(path.parent if path.is_file() else path) if path.exists() else "."
+        self.folder = str(path.parent if path.is_file() else path) if path.exists() else None
         self.gate = Gate(config.safety) if config.safety is not None else None
         self.barrier = Barrier(config)
 

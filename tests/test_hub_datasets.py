@@ -120,7 +120,18 @@ TRL = pa.schema([("prompt", pa.string()), ("chosen", IMAGE), ("rejected", IMAGE)
 NOISE = [encode_png(picture(n, 256)) for n in range(40)]
 BIG = [{"prompt": f"p{n}", "chosen": struct(NOISE[n]), "rejected": struct(NOISE[n + 1])} for n in range(39)]
 PAIRS = parquet(BIG * 2, TRL, 39)
-REPOSITORIES = {"some/pickapic": PICK_FILES, "some/pairs": {"data/train-00000-of-00001.parquet": PAIRS}}
+LINES = [{"prompt": "p", "chosen": "pics/w.png", "rejected": "pics/l.png"}]
+PATHS = {
+    "README.md": b"---\nlicense: cc0-1.0\nconfigs:\n- config_name: default\n  data_files: train.jsonl\n---\n",
+    "train.jsonl": "".join(json.dumps(x) + "\n" for x in LINES).encode(),
+    "pics/w.png": NOISE[0],
+    "pics/l.png": NOISE[1],
+}
+REPOSITORIES = {
+    "some/pickapic": PICK_FILES,
+    "some/pairs": {"data/train-00000-of-00001.parquet": PAIRS},
+    "some/paths": PATHS,
+}
 
 
 @pytest.fixture
@@ -130,12 +141,13 @@ def server() -> Iterator[DatasetServer]:
     made.http.shutdown()
 
 
-def there(server: DatasetServer, cache: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def there(server: DatasetServer, cache: Path, *words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Python in a process that takes our server for the hub."""
     env = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
     env |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.http.server_port}", "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0"}
     env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True, timeout=300, check=False)
+    command = [sys.executable, *words]
+    return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -194,3 +206,20 @@ def test_training_and_scoring_stream_too_and_what_is_not_there_is_named(server: 
     lines = done.stdout.splitlines()
     assert lines[0] == str([sha256(NOISE[0]), sha256(NOISE[1])]), done.stderr
     assert re.match("DataError no/where: cannot read the dataset", lines[1])
+
+
+@pytest.mark.slow
+def test_paths_of_a_streamed_table_are_those_of_image_root_alone(server: DatasetServer, tmp_path: Path) -> None:
+    """Never files of the folder that the command happens to run in."""
+    (tmp_path / "pics").mkdir()
+    for side in "wl":
+        (tmp_path / "pics" / f"{side}.png").write_bytes(NOISE[9 + (side == "l")])
+    words = ["-m", "diffalign", "import", "format=trl", "path=some/paths"]
+    done = there(server, tmp_path / "cache", *words, f"output_dir={tmp_path / 'none'}", cwd=tmp_path)
+    assert "dropped: 1 a picture is missing" in done.stdout, done.stderr
+    root = "image_root=hf://datasets/some/paths"
+    done = there(server, tmp_path / "cache", *words, root, f"output_dir={tmp_path / 'out'}", cwd=tmp_path)
+    assert "1 pairs of 1 rows" in done.stdout, done.stdout + done.stderr
+    images = read_table(tmp_path / "out", "images").to_pylist()
+    assert [r["image"]["bytes"] for r in images] == NOISE[:2]
+    assert {r["licence"] for r in images} == {"cc0-1.0"}
