@@ -18,9 +18,9 @@ from pydantic import Field
 
 from diffalign.curation import column
 from diffalign.data.files import atomic
+from diffalign.data.lines import jsonl_rows
 from diffalign.data.pairs import Pair
 from diffalign.data.prompts import normalised
-from diffalign.data.records import jsonl_rows
 from diffalign.data.scores import read_scored
 from diffalign.data.tables import shards_of
 from diffalign.errors import DataError

@@ -306,3 +306,13 @@ def test_single_pictures_are_labels_by_their_score(published: tuple[Path, Path],
         read_rated(out, "clip", 0.5)
     with pytest.raises(ConfigError, match=r"data\.labels is about labels, but sigmoid is about pairs"):
         validate(TrainConfig, with_overrides({"objective": {"type": "sigmoid"}}, [*more, labels]))
+
+
+def test_prompts_that_are_evaluated_on_bring_no_pictures_either(published: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "bench.txt").write_text("A CAT asleep!\n")
+    barred = {"pictures_from": str(published[1]), "exclude": [str(tmp_path / "bench.txt")]}
+    with pytest.raises(DataError, match="prompts are evaluated on"):
+        run(published[0], "richhf", tmp_path / "refused", **barred)
+    done = run(published[0], "richhf", tmp_path / "out", **barred, evaluation_prompts="drop")
+    assert {r.image_id for r in read_scored(tmp_path / "out")} == {"a3", "b3"}
+    assert done.dropped["a prompt that is evaluated on"] == 6  # three pictures, three pairs
