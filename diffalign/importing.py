@@ -321,7 +321,8 @@ class Importer:
         return {
             "pair_id": name, "prompt_id": Prompt(clean(one.prompt)).id, "prompt": clean(one.prompt),
             "chosen_id": chosen, "rejected_id": rejected, "p_win": one.p_win, "margins": json.dumps(dict(one.margins)),
-            "rule": f"import:{self.config.format}", "user": one.user, "source": self.config.source or self.config.path,
+            "rule": f"import:{self.config.format}", "user": one.user, "group": one.group,
+            "source": self.config.source or self.config.path,
             "rejected_prompt": None if one.rejected_prompt is None else clean(one.rejected_prompt),
         }  # fmt: skip
 

@@ -20,12 +20,14 @@ from PIL import Image
 
 from diffalign.catalogue import shipped_configs
 from diffalign.data.examples import Example, of_pair
+from diffalign.data.exports import EXPORTS
 from diffalign.data.images import encode_png, sha256
 from diffalign.data.pairs import Pair, Picture, read_pairs
 from diffalign.data.prompts import Prompt
 from diffalign.data.scores import prompt_key
 from diffalign.data.tables import write_shard
 from diffalign.errors import ConfigError, DataError
+from diffalign.importing import ImportConfig, import_pairs
 from diffalign.objectives import PairTerms, Sigmoid, Total
 from diffalign.objectives.robust import LOG_WEIGHTS, GroupRobust
 from diffalign.profiles import text_of, write_profiles
@@ -94,6 +96,15 @@ def test_the_inner_state_and_many_groups_go_through() -> None:
     )
     assert "group_weight/largest" in out.metrics
     assert not any(k.startswith("loss/") for k in out.metrics)
+
+
+def test_import_and_export_keep_whom_a_pair_comes_from(people: Path, tmp_path: Path) -> None:
+    text = people.read_text().replace("source", "group", 1)
+    people.write_text(text)
+    import_pairs(ImportConfig(path=str(people), format="trl", output_dir=str(tmp_path / "in"), source="two"))
+    (table,) = EXPORTS["parquet"](tmp_path / "in", tmp_path / "out")[:1]
+    for found in (read_pairs(tmp_path / "in"), read_pairs(table)):
+        assert [(p.user, p.group, p.source) for p in found[:2]] == [("bob", "one", "two"), ("ann", "one", "two")]
 
 
 def test_who_fares_worst() -> None:

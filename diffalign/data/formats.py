@@ -35,6 +35,7 @@ class Comparison:
     p_win: float = 1.0
     margins: Mapping[str, float] = field(default_factory=dict)
     user: str | None = None
+    group: str | None = None
     category: str | None = None
     rejected_prompt: str | None = None
     """Where the loser has a caption of its own."""
@@ -307,7 +308,7 @@ def chosen_rejected(row: Row) -> Iterator[Comparison | str]:
     scores = [_number(row.get(f"score_{side}")) for side in ("chosen", "rejected")]
     gap = scores[0] - scores[1]
     second = gap > 0 if math.isfinite(gap) and gap else None
-    who: dict[str, Any] = {"user": _text(row.get("user")), "category": _text(row.get("category"))}
+    who: dict[str, Any] = {n: _text(row.get(n)) for n in ("user", "group", "category")}
     yield _compare(row.get("prompt") or row.get("caption"), sides, p, {"score": gap}, second=second, **who)
 
 
