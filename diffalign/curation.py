@@ -39,7 +39,7 @@ def rewrite(
     if out.resolve() in [s.resolve() for s in sources]:
         raise DataError(f"{out} is the source as well", hint="choose another folder")
     counts = {}
-    for table in tables or ("images", "scores", "embeddings", "groups", "pairs"):
+    for table in tables or ("images", "scores", "annotations", "embeddings", "groups", "pairs"):
         found = [(n, f) for n, source in enumerate(sources) for f in shards_of(source, table)]
         if not found:
             continue

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,16 +69,22 @@ def resolve_data(path: str, files: Sequence[str]) -> Path:
         raise DataError(f"{path}: neither here nor on the hub: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from e
 
 
-def licence(path: str, revision: str | None = None, kind: str = "model") -> str | None:
-    """The licence that a model or a dataset states in its card, here or in the hub's cache; None where it states none."""
+def licence(path: str, revision: str | None = None, kind: str = "model", fetch: bool = False) -> str | None:
+    """The licence that a model or a dataset states in its card, here or in the hub's cache; None where it states none.
+
+    With ``fetch`` a card that is not in the cache is downloaded, so that the first run says the same as all later ones.
+    """
     import yaml
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.repocard import metadata_load
 
     if path in ASSETS:
         return LICENCE
     card = Path(path).expanduser() / "README.md"
     if is_hub_id(path):
+        if fetch:
+            with suppress(Exception):  # no card, no such repository, no network
+                hf_hub_download(path, "README.md", revision=revision, repo_type=kind)
         cached = try_to_load_from_cache(path, "README.md", revision=revision, repo_type=kind)
         card = Path(cached) if isinstance(cached, str) else card
     if not card.is_file():

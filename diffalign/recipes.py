@@ -150,6 +150,7 @@ def train(config: TrainConfig, pairs: Sequence[Pair] | None = None) -> Run:
 
     from diffalign.train.evaluate import evaluate, heldout_pairs
     from diffalign.train.feeds import Feed, Offline
+    from diffalign.train.groups import learner
     from diffalign.train.loop import fit
     from diffalign.train.tracking import Tracker
 
@@ -216,7 +217,8 @@ def train(config: TrainConfig, pairs: Sequence[Pair] | None = None) -> Run:
         gone = metrics_of(terms)["drift/winner"]
         return gone[gone.isfinite()].mean().abs().item()
 
-    fit(state, feed, objective, tracker, heldout, lambda: state.save(folder, resolved), drift)
+    learned = learner(objective, feed.examples if isinstance(feed, Offline) else (), config.data.groups)
+    fit(state, feed, learned, tracker, heldout, lambda: state.save(folder, resolved), drift)
     metrics: dict[str, Any] = {"steps": state.step, "denoiser_passes": state.cost, "train_seconds": round(state.seconds, 1)}
     if cut:
         metrics["truncated_prompts"] = cut

@@ -238,7 +238,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1]), "ACCELERATE_USE_CPU": "true"}
 
 
-def launch(words: list[str], processes: int) -> subprocess.Popen[bytes]:
+def launch(words: list[str], processes: int, **more: str) -> subprocess.Popen[bytes]:
     """The command, alone or under torchrun with gloo; the group of processes dies together."""
     command = [sys.executable, "-m", "diffalign", *words]
     if processes > 1:
@@ -248,7 +248,7 @@ def launch(words: list[str], processes: int) -> subprocess.Popen[bytes]:
         torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", port]
         command = [sys.executable, *torchrun, "-m", "diffalign", *words]
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-    return subprocess.Popen(command, env=environment(), **quiet)
+    return subprocess.Popen(command, env=environment() | more, **quiet)
 
 
 def killed_at_random(words: list[str], out: Path, table: str, processes: int, kills: int, total: int) -> None:
@@ -277,7 +277,7 @@ def test_killed_generation_is_byte_identical(tiny: Path, prompts: Path, tmp_path
     generate_dataset(config)
     words = ["generate", f"model.path={tiny}", f"prompts={prompts}", "images_per_prompt=16", "shard_size=2"]
     words += ["sampling.num_inference_steps=2", "sampling.batch_size=2", f"output_dir={out}"]
-    killed_at_random(words, out, "images", processes, 3 if processes == 1 else 2, 24)
+    killed_at_random(words, out, "images", processes, 5, 24)
     assert {k: v for k, v in files(out).items() if not k.endswith(".tmp")} == files(tmp_path / "whole")
 
 
@@ -292,7 +292,7 @@ def test_killed_selection_is_byte_identical(tmp_path: Path, processes: int) -> N
     select(config(folder, tmp_path / "whole", **more))
     out = tmp_path / "killed"
     words = ["pairs", f"path={folder}", "reward.good=1", "rule.type=all", "bins=3", "lists=true", "shard_size=1"]
-    killed_at_random([*words, f"output_dir={out}"], out, "pairs", processes, 5 if processes == 1 else 2, 60)
+    killed_at_random([*words, f"output_dir={out}"], out, "pairs", processes, 5, 60)
     assert {k: v for k, v in files(out).items() if not k.endswith(".tmp")} == files(tmp_path / "whole")
 
 

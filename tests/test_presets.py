@@ -21,7 +21,8 @@ PRESETS = [n for n in shipped_configs() if n.startswith("presets/") and "/memory
 METHODS = [n for n in PRESETS if kind_of(n) == "train"]
 CANONICAL = ["diffusion-dpo", "mapo", "diffusion-kto", "rank-dpo", "linear-dpo"]
 CORE = [*CANONICAL, "smpo", "safeguard-dpo", "curriculum-dpo", "dspo", "rdp"]
-STORED = "presets/reconstructed/pnapo"
+OWN = ("presets/reconstructed/pnapo", "presets/reconstructed/ppd")
+"""Those that need a dataset folder of a kind of its own."""
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +31,8 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("method-data")
     for i in range(8):
         picture(i).save(folder / f"{i}.png")
-    pairs = [f"picture {i},{i}.png,{(i + 1) % 8}.png,{0.5 + i / 20},0.4,no picture {i}" for i in range(8)]
-    head = "prompt,chosen,rejected,chosen_score,rejected_score,rejected_prompt"
+    pairs = [f"picture {i},{i}.png,{(i + 1) % 8}.png,{0.5 + i / 20},0.4,no picture {i},{'ab'[i % 2]}" for i in range(8)]
+    head = "prompt,chosen,rejected,chosen_score,rejected_score,rejected_prompt,group"
     (folder / "pairs.csv").write_text("\n".join([head, *pairs]) + "\n")
     names = '["0.png", "1.png", "2.png", "3.png"]'
     lines = [f'{{"prompt": "group {i}", "images": {names}, "scores": [0.9, 0.6, 0.3, 0.1]}}' for i in range(6)]
@@ -58,7 +59,7 @@ def two_steps(name: str, model: Path, tables: dict[str, str], out: Path) -> dict
 
 
 @pytest.mark.parametrize(
-    "name", [n if n.rpartition("/")[2] in CORE else pytest.param(n, marks=pytest.mark.slow) for n in METHODS if n != STORED]
+    "name", [n if n.rpartition("/")[2] in CORE else pytest.param(n, marks=pytest.mark.slow) for n in METHODS if n not in OWN]
 )
 def test_a_preset_takes_two_steps_on_a_unet(
     name: str, folder_of: Callable[[str], Path], tables: dict[str, str], tmp_path: Path
@@ -69,7 +70,7 @@ def test_a_preset_takes_two_steps_on_a_unet(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in METHODS if n != STORED])
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in OWN])
 def test_a_preset_takes_two_steps_on_a_dit(
     name: str, folder_of: Callable[[str], Path], tables: dict[str, str], tmp_path: Path
 ) -> None:

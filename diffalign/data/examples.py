@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.data.pairs import Pair, Picture, own_pictures, picture_source, read_pairs, rows_of, table_rows
+from diffalign.data.scores import read_scored
 from diffalign.errors import DataError
 
 
@@ -23,15 +24,25 @@ class Example:
     p_win: float = 1.0
     good: bool = True
     weight: float = 1.0
+    group: str | None = None
+    """Whom it comes from, where that matters."""
+    profile: str = ""
+    """Words about the user, which the model reads before the prompt."""
 
     @property
     def prompt(self) -> str:
         return self.prompts[0]
 
+    @property
+    def said(self) -> tuple[str, ...]:
+        """What the model reads: one text per picture."""
+        return tuple(f"{self.profile} {p}" for p in self.prompts) if self.profile else self.prompts
+
 
 def of_pair(pair: Pair) -> Example:
     """A pair as an example."""
-    return Example((pair.chosen, pair.rejected), pair.prompts, pair.scores, pair.p_win, weight=pair.weight)
+    pictures = (pair.chosen, pair.rejected)
+    return Example(pictures, pair.prompts, pair.scores, pair.p_win, weight=pair.weight, profile=pair.profile)
 
 
 def labels_of(pairs: Sequence[Pair]) -> list[Example]:
@@ -69,6 +80,24 @@ def read_labels(source: str, limit: int | None = None) -> list[Example]:
         rows = islice(table_rows(path), limit)
         return [_label(row, path, f"{source}, row {n}") for n, row in enumerate(rows, 1)]
     return labels_of(read_pairs(source, limit))
+
+
+def read_rated(source: str, score: str, at: float, limit: int | None = None) -> list[Example]:
+    """Single images of a dataset folder, good if their ``score`` is ``at`` or more; those without it are left out.
+
+    Raises:
+        DataError: it is no folder with scores, or no image has this one; names those that there are.
+    """
+    pictures, rows = own_pictures(Path(source)), read_scored(Path(source))
+    out, there = list[Example](), dict[str, None]()
+    for row in rows:
+        there |= dict.fromkeys(row.values)
+        value = row.values.get(score)
+        if value is not None and row.prompt and row.image_id in pictures:
+            out.append(Example((pictures[row.image_id],), (row.prompt,), good=value >= at))
+    if not out:
+        raise DataError(f"{source}: no image has the score {score!r}", hint=f"there are {', '.join(there) or 'none'}")
+    return out[:limit]
 
 
 def _has(path: Path, column: str) -> bool:

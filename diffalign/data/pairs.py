@@ -33,6 +33,7 @@ class Prompted(Protocol):
 
 P = TypeVar("P", bound=Prompted)
 PAIR_COLUMNS = ("pair_id", "prompt", "chosen_id", "rejected_id", "p_win")
+WHO = ("user", "group", "source")
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,12 @@ class Pair:
     rejected_prompt: str | None = None
     """The loser's own caption, where it has one."""
     weight: float = 1.0
+    pair_id: str | None = None
+    user: str | None = None
+    group: str | None = None
+    source: str | None = None
+    profile: str = ""
+    """Words about the user, which the model reads before the prompt."""
 
     @property
     def prompts(self) -> tuple[str, str]:
@@ -142,12 +149,18 @@ def pairs_of(rows: Iterable[Mapping[str, Any]], where: str = "train_dataset") ->
 
 def split_by_prompt(pairs: Sequence[P], share: float, salt: str = "heldout") -> tuple[list[P], list[P]]:
     """(training, held out): every prompt falls whole on one side, by its hash."""
+    return split_by(pairs, [p.prompt for p in pairs], share, salt)
 
-    def held(prompt: str) -> bool:
-        digest = hashlib.sha256(f"{salt}|{prompt}".encode()).digest()
+
+def split_by(pairs: Sequence[P], keys: Sequence[str], share: float, salt: str = "heldout") -> tuple[list[P], list[P]]:
+    """(training, held out): those of one key fall whole on one side, by its hash."""
+
+    def held(key: str) -> bool:
+        digest = hashlib.sha256(f"{salt}|{key}".encode()).digest()
         return int.from_bytes(digest[:8], "big") / 2**64 < share
 
-    return [p for p in pairs if not held(p.prompt)], [p for p in pairs if held(p.prompt)]
+    sides = [held(key) for key in keys]
+    return [p for p, h in zip(pairs, sides, strict=True) if not h], [p for p, h in zip(pairs, sides, strict=True) if h]
 
 
 def apart(pairs: Sequence[P], evaluated: Iterable[str], action: Literal["refuse", "drop", "keep"]) -> list[P]:
@@ -188,7 +201,7 @@ def flipped(pair: Pair) -> Pair:
 
 def _own(folder: Path) -> Iterator[Pair]:
     pictures = own_pictures(folder)
-    for row in rows_of(folder, "pairs", PAIR_COLUMNS, ("margins", "rejected_prompt", "weight")):
+    for row in rows_of(folder, "pairs", PAIR_COLUMNS, ("margins", "rejected_prompt", "weight", *WHO)):
         where = f"{folder}/pairs, pair {row['pair_id']}"
         for side in ("chosen_id", "rejected_id"):
             if row[side] is None:
@@ -203,6 +216,7 @@ def _own(folder: Path) -> Iterator[Pair]:
                 scores=_margin(row.get("margins"), where),
                 rejected_prompt=row.get("rejected_prompt") or None,
                 weight=1.0 if weight is None else float(weight),
+                pair_id=row["pair_id"], **_who(row),
             )  # fmt: skip
 
 
@@ -226,6 +240,11 @@ def own_pictures(folder: Path) -> dict[str, Picture]:
         made[row["image_id"]] = (row.get("seed"), row.get("prompt_id"), row.get("k"))
     found: dict[str, Any] = {name: None if None in origin else origin for name, origin in made.items()}
     return {name: Picture(Stored(album, name), f"{folder}/images, image {name}", found[name]) for name in album}
+
+
+def _who(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Whom a pair comes from, as far as the row says."""
+    return {name: None if row.get(name) in (None, "") else str(row[name]) for name in WHO}
 
 
 def _margin(value: str | None, where: str) -> tuple[float, float] | None:
@@ -272,6 +291,7 @@ def _table(rows: Iterator[Mapping[str, Any]], folder: Path | None, where: str) -
             _p_win(row.get("p_win"), at),
             _scores(row, at),
             row.get("rejected_prompt") or None,
+            **_who(row),
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from diffalign.data.lines import csv_rows, jsonl_rows
 from diffalign.data.sources import PICTURES
+from diffalign.data.tfrecords import tfrecord_rows
 from diffalign.errors import DataError
 
 Rows = list[dict[str, Any]]
@@ -81,7 +82,7 @@ def _parquet(
 
 
 def _lines(file: Path, size: int) -> Iterator[Rows]:
-    readers = {".json": json_rows, ".jsonl": jsonl_rows, ".csv": csv_rows}
+    readers = {".json": json_rows, ".jsonl": jsonl_rows, ".csv": csv_rows, ".tfrecord": tfrecord_rows}
     if file.suffix not in readers:
         raise DataError(f"{file}: not a table", hint=f"use .parquet, {', '.join(readers)}")
     try:

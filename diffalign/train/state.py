@@ -58,8 +58,11 @@ class TrainSettings(Spec):
     """Stop after this many evaluations in a row in which held-out winners are worse than at the start; 0 never."""
     protect_winner: float | None = Field(default=None, ge=0, lt=1)
     """mu of Diffusion-SDPO: the loser's gradient is scaled down where it would raise the winner's error; higher is safer."""
-    metric_for_best: Literal["heldout/loss", "heldout/accuracy", "select/score"] = "heldout/loss"
-    """Decides which checkpoint is the best; select/score makes images from ``evaluate.select_prompts`` prompts."""
+    metric_for_best: Literal[
+        "heldout/loss", "heldout/accuracy", "heldout/worst_group/loss", "heldout/worst_group/accuracy", "select/score"
+    ] = "heldout/loss"
+    """Decides which checkpoint is the best; select/score makes images from ``evaluate.select_prompts`` prompts, and the worst
+    group is that of ``data.groups``."""
     load_best: bool = False
     """Export the best weights instead of the last."""
     save_steps: int = Field(default=0, ge=0)
