@@ -73,8 +73,9 @@ def contradictions(config: TrainConfig) -> None:
         raise ValueError(f"rounds.source {name} has no losers, but {loss} asks for them: use objective.type: sft")
     if data.shuffle_labels:
         raise ValueError("data.shuffle_labels exchanges labels that rounds have just made: drop one")
-    if data.swap_labels and not source.has_losers:
-        raise ValueError(f"data.swap_labels exchanges winner and loser, but rounds.source {name} has no losers: drop one")
+    if not source.has_losers and (data.swap_labels or data.flip_labels):
+        key = "swap_labels" if data.swap_labels else "flip_labels"
+        raise ValueError(f"data.{key} exchanges winner and loser, but rounds.source {name} has no losers: drop one")
     if not isinstance(config.reference, Base):
         raise ValueError("reference moves within a run, and rounds.reference between them: drop reference")
     if rounds.reference != "previous" and "reference" not in total.needs:
@@ -269,9 +270,11 @@ def run_rounds(
 
 def row_of(config: TrainConfig, number: int, made: Made, metrics: dict[str, Any]) -> dict[str, Any]:
     """A line of the table of rounds."""
-    at = compared_with(config, number) if "reference" in config.total.needs else None
+    at = compared_with(config, number)
+    stood = "base" if at is None else f"round {at}" if at else "start"
     row: dict[str, Any] = {
-        "round": number, "folder": f"round-{number}", "sampled_by": sampled_by(config, number), "compared_with": at,
+        "round": number, "folder": f"round-{number}", "sampled_by": sampled_by(config, number),
+        "compared_with": stood if "reference" in config.total.needs else None,
         "images": made.images, "pairs": made.pairs, "reward": made.reward,
         **{k: metrics[k] for k in ("steps", "denoiser_passes", "train_seconds")},
     }  # fmt: skip
