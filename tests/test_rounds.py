@@ -275,12 +275,15 @@ def test_more_rounds_go_on_from_where_the_last_ended(overrides: list[str], tmp_p
     assert again.metrics == longer.metrics
 
 
-SPOTS = [("round-1/data/pairs/00001.parquet", signal.SIGKILL), ("round-1/metrics.json", signal.SIGKILL),
-         ("round-2/data/images/00000.parquet", signal.SIGKILL), ("round-2/checkpoint-2", signal.SIGKILL),
-         ("round-2/checkpoint-4", signal.SIGTERM)]  # fmt: skip
+SPOTS = [
+    ("round-1/metrics.json", signal.SIGKILL), ("round-2/data/images/00000.parquet", signal.SIGKILL),
+    ("round-2/checkpoint-2", signal.SIGKILL), ("round-2/checkpoint-4", signal.SIGTERM),
+]  # fmt: skip
+"""Between rounds, while images are sampled, and twice while it trains."""
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_run_that_is_killed_anywhere_ends_as_if_it_had_not_been(overrides: list[str], tmp_path: Path) -> None:
     more = ["train.max_steps=8", "train.save_steps=1", "train.save_total_limit=20"]
     straight = train(config(overrides, *more, f"output_dir={tmp_path / 'straight'}")).folder
