@@ -26,7 +26,7 @@ from diffalign.data.images import decode, to_pil
 from diffalign.data.pairs import read_pairs
 from diffalign.data.prompts import Prompt
 from diffalign.data.tables import read_table
-from diffalign.errors import ConfigError, DataError
+from diffalign.errors import ConfigError, DataError, ModelError
 from diffalign.models import LoRA, ModelSpec
 from diffalign.objectives import OBJECTIVES, PairTerms
 from diffalign.pairs import Group
@@ -173,6 +173,9 @@ def test_the_reference_of_a_run_is_what_it_left(overrides: list[str], tmp_path: 
     halves = train(config(overrides, *more, "train.max_steps=4", "resume_from=latest", f"output_dir={tmp_path / 'b'}")).folder
     assert equal(straight, halves)
     assert not (straight / "checkpoint-4" / "run.safetensors").exists()
+    fewer = ["rounds=null", f"start_from={first}", "model.lora.target_modules=[to_q]", f"output_dir={tmp_path / 'd'}"]
+    with pytest.raises(ModelError, match="its adapter has other layers"):
+        train(config(overrides, *fewer))
     base = train(config(overrides, "rounds=null", f"start_from={first}", f"output_dir={tmp_path / 'c'}")).folder
     assert read_metrics(base)[0]["loss"] != pytest.approx(math.log(2), abs=1e-6)
 
@@ -313,20 +316,22 @@ def test_a_run_that_is_killed_anywhere_ends_as_if_it_had_not_been(overrides: lis
 @pytest.mark.slow
 def test_two_processes_share_the_work_of_every_round(overrides: list[str], tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
-    small = ["train.per_device_train_batch_size=2", f"output_dir={tmp_path / 'two'}"]
-    write_text(plan, dump(config(overrides, *small)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29561"]
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, "-m", "diffalign", "train", str(plan)], env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
     two = tmp_path / "two"
+    linear = "train.adam_epsilon=0.01"  # Adam divides rounding by rounding where a gradient is 0
+    half = "train.per_device_train_batch_size=2"
+    write_text(plan, dump(config(overrides, linear, half, f"output_dir={two}", source="{type: self_play}")))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [*launch, "-m", "diffalign", "train", str(plan)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((two / "round-2" / "checkpoint-2" / "state.json").read_text())["processes"] == 2
-    alone = train(config(overrides, f"output_dir={tmp_path / 'one'}")).folder
+    alone = train(config(overrides, linear, f"output_dir={tmp_path / 'one'}", source="{type: self_play}")).folder
+    first = [read_table(f / "round-1" / "data", "images").to_pylist() for f in (alone, two)]
+    assert first[0] == first[1]
     a, b = weights(alone), weights(two)
     for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-5)
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
