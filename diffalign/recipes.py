@@ -23,6 +23,7 @@ from diffalign.models import LoRA, Model, ModelSpec, Phase
 from diffalign.objectives import OBJECTIVES, Objective, Total, metrics_of
 from diffalign.online import check_ratio, online_feed
 from diffalign.online import consistent as online_consistent
+from diffalign.round_pairs import Judged
 from diffalign.rounds import Rounds, contradictions, run_rounds
 from diffalign.scoring import make_scorers
 from diffalign.spec import Spec, dump, load
@@ -105,8 +106,12 @@ def licences(config: TrainConfig) -> list[dict[str, str | None]]:
         with suppress(DataError):  # no dataset folder, or one without the column
             stated = set(read_table(Path(data), "images", ["licence"])["licence"].to_pylist())
     of_images = ", ".join(sorted(x or "unknown for some images" for x in stated)) if stated - {None} else None
-    found.append(("pairs", data, of_images or licence(data, kind="dataset")))
-    for name in config.evaluate.scorers if config.evaluate.enabled else ():
+    if config.rounds is None or config.rounds.uses_data:
+        found.append(("pairs", data, of_images or licence(data, kind="dataset")))
+    scorers = list(config.evaluate.scorers) if config.evaluate.enabled else []
+    if config.rounds is not None and isinstance(config.rounds.source, Judged):
+        scorers += config.rounds.source.scorers
+    for name in dict.fromkeys(scorers):
         kind, _, rest = name.partition(":")
         found.append(("scorer", name, LICENCE if kind in ("shapes", "taste") else licence(rest) if kind == "clip" else None))
     return [{"part": part, "name": name, "licence": stated_licence} for part, name, stated_licence in found]

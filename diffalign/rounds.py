@@ -50,6 +50,11 @@ class Rounds(Spec):
     shard_size: int = Field(default=100, ge=1)
     """Prompts per shard; a killed run goes on at the first missing shard."""
 
+    @property
+    def uses_data(self) -> bool:
+        """Whether anything at ``data.path`` is read."""
+        return self.source.reads_data or self.prompts is None
+
     @field_validator("count")
     @classmethod
     def _several(cls, count: int) -> int:
@@ -193,8 +198,7 @@ def make_data(config: TrainConfig, number: int, rank: int = 0, world: int = 1) -
     rounds = config.rounds
     assert rounds is not None
     source, seed = rounds.source, seed_of(rounds, number)
-    asks_data = source.reads_data or rounds.prompts is None
-    winners: list[tuple[Prompt, Picture]] = unseen(config, winners_of(config)) if asks_data else []
+    winners: list[tuple[Prompt, Picture]] = unseen(config, winners_of(config)) if rounds.uses_data else []
     if isinstance(source, SelfPlay):
         tasks = tasks_of([], drawn(winners, rounds.num_prompts, seed), source)
     else:

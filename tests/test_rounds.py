@@ -27,6 +27,7 @@ from diffalign.data.pairs import read_pairs
 from diffalign.data.prompts import Prompt
 from diffalign.data.tables import read_table
 from diffalign.errors import ConfigError, DataError, ModelError
+from diffalign.estimate import estimate
 from diffalign.models import LoRA, ModelSpec
 from diffalign.objectives import OBJECTIVES, PairTerms
 from diffalign.pairs import Group
@@ -110,6 +111,8 @@ def test_a_round_and_the_whole_run_again(overrides: list[str], tmp_path: Path) -
 def test_every_round_is_measured_against_the_base(overrides: list[str]) -> None:
     run = train(config(overrides, "evaluate.enabled=true"))
     one, two = run.metrics["rounds"]
+    parts = [x["name"] for x in json.loads((run.folder / "env.json").read_text())["licences"]]
+    assert parts[-2:] == ["shapes", "compressibility"]
     assert one["base_exact"] == two["base_exact"]
     assert run.metrics["aligned"]["score"] == two["score"]
     assert (run.folder / "samples" / "samples.json").exists()
@@ -391,3 +394,13 @@ def test_wrong_input_leaves_nothing_behind(overrides: list[str], tmp_path: Path)
     assert {p.prompt for p in read_pairs(run / "round-1" / "data")} == {"a blue cross on a white background"}
     with pytest.raises(ConfigError, match="already holds a run"):
         train(config(overrides))
+
+
+def test_an_estimate_counts_the_reference_of_a_round_and_its_sampling(overrides: list[str]) -> None:
+    plain, moving, large = (
+        estimate(config(overrides, *more))["phases"]
+        for more in (["rounds.reference=base"], [], ["rounds.sampling.batch_size=64"])
+    )
+    assert moving["train"]["copies of them"] == plain["train"].get("copies of them", 0) + moving["train"]["trained weights"]
+    assert large["sample"]["activations"] > moving["sample"]["activations"]
+    assert "optimizer" not in large["sample"]
