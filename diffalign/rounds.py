@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -252,12 +253,14 @@ def run_rounds(
         done = Path(mine.output_dir) / "metrics.json"
         if not done.exists():
             make_data(config, number, accelerator.process_index, accelerator.num_processes)
+            gc.collect()  # models refer to themselves: what sampled would still be there when the next one is loaded
             accelerator.wait_for_everyone()
             made = read_round(Path(mine.data.path), f"round {number}")
             if accelerator.is_main_process:  # nothing was wrong: from here on the folder holds a run
                 write_text(folder / "config.resolved.yaml", dump(config))
                 write_json(folder / "env.json", environment)
             train(mine)
+            gc.collect()
         else:
             made = read_round(Path(mine.data.path), f"round {number}")
         rows.append(row_of(config, number, made, json.loads(done.read_text())))

@@ -120,6 +120,20 @@ def test_every_round_is_measured_against_the_base(overrides: list[str]) -> None:
     assert again.exit_code == 0, again.output
 
 
+def test_no_model_of_a_round_stays_in_memory(overrides: list[str]) -> None:
+    import gc
+
+    from diffusers import UNet2DConditionModel
+
+    def alive() -> int:
+        return sum(isinstance(x, UNet2DConditionModel) for x in gc.get_objects())
+
+    gc.collect()
+    before, seen = alive(), []
+    train(config(overrides, source="{type: self_play}"), finished=lambda folder: seen.append(alive()))
+    assert seen == [before, before]
+
+
 # --- who samples, and what it is compared with ----------------------------------------------------------------------
 
 
