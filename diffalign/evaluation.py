@@ -28,6 +28,14 @@ if TYPE_CHECKING:
 SHAPES_PROMPTS = re.compile(r"shapes:(train|select|test)")
 
 
+def known_scorers(names: list[str]) -> list[str]:
+    """The names, if there may be such scorers."""
+    for name in names:
+        if name != "shapes" and ":" not in name and name not in table():
+            raise ValueError(f"unknown scorer {name!r}; use shapes, taste:KIND, {', '.join(table())} or pkg.mod:obj")
+    return names
+
+
 class EvaluateSpec(Spec):
     """The ``evaluate`` section: what is measured after training, for the base and the trained model alike."""
 
@@ -49,13 +57,7 @@ class EvaluateSpec(Spec):
     split_salt: str = ""
     """Another salt makes another split of the built-in world."""
 
-    @field_validator("scorers")
-    @classmethod
-    def _known(cls, names: list[str]) -> list[str]:
-        for name in names:
-            if name != "shapes" and ":" not in name and name not in table():
-                raise ValueError(f"unknown scorer {name!r}; use shapes, taste:KIND, {', '.join(table())} or pkg.mod:obj")
-        return names
+    _known = field_validator("scorers")(known_scorers)
 
 
 def prompts_of(source: str, limit: int | None, seed: int = 0, salt: str = "", negative: str | None = None) -> list[Prompt]:

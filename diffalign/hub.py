@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from diffalign.errors import DataError, DiffalignError, ModelError
+from diffalign.errors import ConfigError, DataError, DiffalignError, ModelError
 from diffalign.shapes.assets import ASSETS, LICENCE, asset
 
 WEIGHTS = re.compile(r".+/[^./]+?(-\d+-of-\d+)?(\.(?P<variant>[^./]+?))?(-\d+-of-\d+)?\.(?P<kind>safetensors|bin)")
@@ -121,6 +121,22 @@ def push(folder: Path, files: Sequence[Path], repo: str, private: bool, kind: st
     except OSError as e:  # refused, or no connection
         raise DiffalignError(f"{repo}: cannot upload: {' '.join(str(e).split())[:300]}") from e
     return str(address)
+
+
+def exported(folder: Path) -> list[Path]:
+    """The files of a run, or of an export, that are its model as stock diffusers loads it.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    index = folder / "model_index.json"
+    if index.is_file():
+        parts = [folder / name for name in json.loads(index.read_text()) if (folder / name).is_dir()]
+        return [index, *(f for part in parts for f in sorted(part.rglob("*")) if f.is_file())]
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("adapter_config.json")])
+    if not files:
+        raise ConfigError(f"{folder} is not a finished run: it holds no trained weights", hint="give the output_dir of a run")
+    return files
 
 
 def pipeline_files(index: Mapping[str, Any], names: Sequence[str], variant: str | None) -> list[str]:

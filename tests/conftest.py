@@ -30,6 +30,13 @@ def _one_thread_each(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["DIFFALIGN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+SMALL_ROUNDS = [
+    "rounds.num_prompts=4", "rounds.sampling.num_inference_steps=1", "rounds.source.images_per_prompt=2",
+    "rounds.source.rule.min_margin=0", "data.holdout=0",
+]  # fmt: skip
+"""What makes rounds of scored pairs small, and lets an untrained model's images make pairs."""
+
+
 def build_tiny(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
     """A random pipeline of 32 px with a UNet of one narrow level."""
     import torch

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from conftest import FakeHub, picture
+from conftest import SMALL_ROUNDS, FakeHub, picture
 
 from diffalign.cells import ScoreConfig, score
 from diffalign.cli import main
@@ -113,6 +113,7 @@ def test_command(
     given = {w.partition("=")[0] for w in words}
     if words[0] == "train":
         words += [o for o in overrides if o.partition("=")[0] not in given]
+        words += SMALL_ROUNDS if "rounds" in words[1] else []
     if words[0] == "estimate":
         words += [f"model.path={tiny}"]
     if words[0] == "generate":

@@ -14,13 +14,14 @@ from diffalign.catalogue import kind_of, shipped_configs
 from diffalign.generation import GenerateConfig
 from diffalign.recipes import TrainConfig, train
 from diffalign.selection import SelectConfig
+from diffalign.round_pairs import Judged
 from diffalign.spec import load
 from diffalign.train.tracking import read_metrics
 
 PRESETS = [n for n in shipped_configs() if n.startswith("presets/") and "/memory/" not in n]
 METHODS = [n for n in PRESETS if kind_of(n) == "train"]
 CANONICAL = ["diffusion-dpo", "mapo", "diffusion-kto", "rank-dpo", "linear-dpo"]
-CORE = [*CANONICAL, "smpo", "safeguard-dpo", "curriculum-dpo", "dspo", "rdp"]
+CORE = [*CANONICAL, "smpo", "safeguard-dpo", "curriculum-dpo", "dspo", "rdp", "spin-diffusion"]
 OWN = ("presets/reconstructed/pnapo", "presets/reconstructed/ppd")
 """Those that need a dataset folder of a kind of its own."""
 
@@ -37,22 +38,34 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     names = '["0.png", "1.png", "2.png", "3.png"]'
     lines = [f'{{"prompt": "group {i}", "images": {names}, "scores": [0.9, 0.6, 0.3, 0.1]}}' for i in range(6)]
     (folder / "groups.jsonl").write_text("\n".join(lines) + "\n")
-    return {"pairs": str(folder / "pairs.csv"), "labels": str(folder / "pairs.csv"), "groups": str(folder / "groups.jsonl")}
+    (folder / "prompts.txt").write_text("\n".join(f"picture {i}" for i in range(8)) + "\n")
+    return {
+        "prompts": str(folder / "prompts.txt"),
+        "pairs": str(folder / "pairs.csv"),
+        "labels": str(folder / "pairs.csv"),
+        "groups": str(folder / "groups.jsonl"),
+    }
 
 
 def two_steps(name: str, model: Path, tables: dict[str, str], out: Path) -> dict[str, Any]:
     path = shipped_configs()[name]
-    data = tables[load(TrainConfig, path).total.data]
+    plan = load(TrainConfig, path)
+    data = tables[plan.total.data]
     small = ["train.max_steps=2", "train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=1"]
     more = [
         "train.logging_steps=1",
         "data.resolution=null",
         "model.gradient_checkpointing=false",
     ]
+    if plan.rounds is not None:
+        more += ["rounds.count=2", "rounds.num_prompts=6", "rounds.sampling.num_inference_steps=1", "data.holdout=0"]
+        more += [f"rounds.prompts={tables['prompts']}"] if plan.rounds.prompts is not None else []
+        if isinstance(plan.rounds.source, Judged):
+            more += [f"rounds.source.{x}" for x in ("scorers=[compressibility]", "reward=null", "reward={compressibility: 1}")]
     more += ["model.max_sequence_length=16"] if any(t5 in model.name for t5 in ("sd3", "flux", "pixart")) else []
     config = load(TrainConfig, path, [f"model.path={model}", f"data.path={data}", f"output_dir={out}", *small, *more])
     metrics = train(config).metrics
-    assert metrics["steps"] == 2
+    assert metrics["steps"] == (2 if plan.rounds is None else 4)
     lines = [x for x in read_metrics(out) if "loss" in x]
     assert lines[0]["loss"] == lines[0]["loss"]
     return {"passes": metrics["denoiser_passes"], "first": lines[0]}

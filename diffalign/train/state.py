@@ -21,7 +21,7 @@ from diffalign.errors import ConfigError, DiffalignError, ModelError
 from diffalign.models import Model
 from diffalign.spec import Spec
 from diffalign.train.feeds import Feed
-from diffalign.train.references import Base, ReferencePolicy
+from diffalign.train.references import GIVEN, Base, ReferencePolicy
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -204,7 +204,7 @@ class TrainState:
                 tmp.mkdir(parents=True)
                 save_file({n: p.detach().cpu().contiguous() for n, p in self.parameters.items()}, tmp / "weights.safetensors")
                 for name, stored in self.model.named_weights.snapshots.items():
-                    if name != "reference":  # which follows from the model
+                    if name not in GIVEN:
                         save_file({n: p.cpu().contiguous() for n, p in stored.items()}, tmp / f"{name}.safetensors")
                 torch.save(self.optimizer.state_dict(), tmp / "optimizer.pt")
                 torch.save({"objective": self.objective, "scaler": acc.scaler and acc.scaler.state_dict()}, tmp / "extra.pt")
@@ -248,7 +248,7 @@ class TrainState:
             if state["processes"] != self.accelerator.num_processes:
                 raise ValueError(f"made by {state['processes']} processes, not {self.accelerator.num_processes}")
             _copy_into(self.parameters, load_file(checkpoint / "weights.safetensors"))
-            for name in [n for n in weights.snapshots if n != "reference"]:
+            for name in [n for n in weights.snapshots if n not in GIVEN]:
                 del weights.snapshots[name]
             for file in sorted(checkpoint.glob("*.safetensors")):
                 if file.name != "weights.safetensors":
