@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from diffalign.building import build_model, make_accelerator
+from diffalign.catalogue import kind_of, shipped_configs
 from diffalign.data.examples import of_pair
 from diffalign.data.pairs import read_pairs
 from diffalign.errors import ConfigError, DataError, DiffalignError, ModelError
@@ -450,6 +451,6 @@ def test_state_counts_every_pass(tiny: Path, pairs_csv: Path, tmp_path: Path) ->
 
 
 def test_the_shipped_config_names_only_keys_that_exist() -> None:
-    for path in sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml")):
-        if "accelerate" not in path.parts:
+    for name, path in shipped_configs().items():
+        if kind_of(name) == "train":
             validate(TrainConfig, load_yaml(path), str(path))
