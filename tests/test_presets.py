@@ -13,8 +13,8 @@ from conftest import picture
 from diffalign.catalogue import kind_of, shipped_configs
 from diffalign.generation import GenerateConfig
 from diffalign.recipes import TrainConfig, train
-from diffalign.selection import SelectConfig
 from diffalign.round_pairs import Judged
+from diffalign.selection import SelectConfig
 from diffalign.spec import load
 from diffalign.train.tracking import read_metrics
 

@@ -48,8 +48,8 @@ from diffalign.objectives.pairwise import (
 from diffalign.objectives.policy import PPO, FlowDPPO, GRPOGuard, Reinforce
 from diffalign.objectives.reference_free import CPO, ORPO, MaPO, RePO, SimPO
 from diffalign.objectives.scored import MADPO, ODPO, RDP, MaPPO, Omni, SmPO, Soft
-from diffalign.objectives.stepwise import PRDP, SPO
 from diffalign.objectives.semi_policy import SePPO
+from diffalign.objectives.stepwise import PRDP, SPO
 from diffalign.objectives.supervised import KL, SFT
 from diffalign.objectives.unpaired import BCO, DDO, KTO, NPO, PMPO
 from diffalign.spec import Choice
