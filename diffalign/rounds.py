@@ -73,6 +73,8 @@ def contradictions(config: TrainConfig) -> None:
     source, data, total = rounds.source, config.data, config.total
     name = SOURCES.serialize(source)["type"]
     loss = " + ".join(str(getattr(o, "type", type(o).__name__)) for o in total.parts)
+    if config.online is not None:
+        raise ValueError("rounds sample between runs, and online within one: drop one")
     if total.data == "groups":
         raise ValueError(f"rounds make pairs, but {loss} is about groups: choose a loss on pairs or labels")
     if not source.has_losers and ("loser" in total.needs or total.data != "pairs"):

@@ -387,6 +387,12 @@ def test_contradictions_are_refused_at_load(
         config(overrides, *more, source=source, objective=objective)
 
 
+def test_rounds_are_not_online(tmp_path: Path) -> None:
+    plan = {"objective": {"type": "sigmoid"}, "rounds": {"count": 2, "source": {"type": "own"}}, "output_dir": str(tmp_path)}
+    with pytest.raises(ConfigError, match="rounds sample between runs, and online within one: drop one"):
+        validate(TrainConfig, plan | {"online": {}})
+
+
 def test_wrong_input_leaves_nothing_behind(overrides: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     prompts = tmp_path / "prompts.txt"
