@@ -73,6 +73,13 @@ def consistent(c: TrainConfig) -> None:
         raise ValueError(f"{wrong[0]} is about pairs, but {names} is about {total.data}: drop it")
     if total.data == "labels" and noise == "shared":
         raise ValueError(f"coupling.noise is shared, but {names} sees single images, each with its own noise: drop it")
+    if noise == "replay":
+        if total.data != "pairs" or "loser" not in total.needs or total.needs & {"scores", "p_win"}:
+            raise ValueError(
+                f"coupling.noise: replay makes losers without scores or labels, but {names} reads others: drop it"
+            )
+        if wrong := [key for key, is_set in pairs_only.items() if is_set]:
+            raise ValueError(f"coupling.noise: replay reads winners alone, but {wrong[0]} is about pairs: drop one")
     if data.positive_share is not None and total.data != "labels":
         raise ValueError(f"data.positive_share is about labels, but {names} is about {total.data}: drop it")
     if not isinstance(c.reference, Base) and "reference" not in total.needs:
@@ -117,6 +124,9 @@ def build_examples(config: TrainConfig, given: Sequence[Pair] | None = None) -> 
     spec, total = config.data, config.total
     source = source_of(spec)
     match total.data:
+        case "pairs" if config.coupling.noise == "replay":
+            found = labels_of(given) if given is not None else read_labels(source, spec.limit)
+            training, held = split_by_prompt([x for x in found if x.good], spec.holdout)
         case "pairs":
             training, held = ([of_pair(p) for p in some] for some in build_pairs(spec, config.train.seed, given))
         case "labels":

@@ -49,6 +49,8 @@ class PairTerms(Terms):
     """(B,) errors under the policy that sampled the pair."""
     overlap: Tensor | None = None
     """(B,) mean product of winner's and loser's residuals, detached."""
+    kind: Tensor | None = None
+    """(B,) which of two kinds of pairs each is, 0 or 1."""
 
 
 @dataclass(frozen=True)

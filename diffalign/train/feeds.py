@@ -22,6 +22,7 @@ from diffalign.objectives import Data, Need, Terms
 from diffalign.spec import Spec
 from diffalign.timesteps import TimestepPolicy
 from diffalign.train.coupling import Coupling, draw, first_noise
+from diffalign.train.replay import LAGGED
 from diffalign.train.terms import Batch, terms_of
 
 
@@ -122,6 +123,9 @@ class Offline:
 
     def batches(self, step: int) -> Iterator[Batch]:
         """This process's micro-batches of one optimizer step."""
+        lagging, weights = self.coupling.noise == "replay" and self.coupling.replay_every > 1, self.model.named_weights
+        if lagging and (step % self.coupling.replay_every == 0 or LAGGED not in weights.snapshots):
+            weights.take(LAGGED)  # which checkpoints keep
         first = step * self.accumulation * self.world
         if self.curriculum is not None:
             yield from self._staged(step, self.curriculum)
@@ -165,10 +169,14 @@ class Offline:
     def _shuffled(self, *key: object) -> list[int]:
         return torch.randperm(len(self.examples), generator=_generator(self.seed, *key)).tolist()
 
+    def arrived(self, stage: int, chunks: int) -> list[int]:
+        """The examples that have come in by a stage of a curriculum, the clearest first."""
+        return self.ranked[: -(-len(self.ranked) * (stage + 1) // chunks)]
+
     def _staged(self, step: int, plan: Curriculum) -> Iterator[Batch]:
         """Micro-batches of a step whose examples are those that have come in so far, in shuffled epochs of their own."""
         stage = min(step // plan.every, plan.chunks - 1)
-        active = self.ranked[: -(-len(self.ranked) * (stage + 1) // plan.chunks)]
+        active = self.arrived(stage, plan.chunks)
         orders: dict[int, list[int]] = {}
         start = (step - stage * plan.every) * self.per_step
         for micro in range(self.accumulation):
