@@ -203,7 +203,7 @@ def blank_batch(
 def batch_of(model: Model, config: TrainConfig, size: tuple[int, int]) -> Batch:
     """A micro-batch of the kind that the configuration trains on."""
     rows, data = config.train.per_device_train_batch_size, config.total.data
-    pictures = {"pairs": 2, "labels": 1, "groups": config.data.group_size}[data]
+    pictures = {"pairs": 1 if config.coupling.noise == "replay" else 2, "labels": 1, "groups": config.data.group_size}[data]
     return blank_batch(model, rows, size, blank_texts(model, rows), data, pictures, config.coupling.draws)
 
 

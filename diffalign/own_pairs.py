@@ -1,4 +1,4 @@
-"""Preference pairs from a model's own samples, in one go: generated, scored and paired."""
+"""Preference pairs, and groups, from a model's own samples, in one go: generated, scored and paired."""
 
 from __future__ import annotations
 
@@ -33,7 +33,11 @@ class PairsConfig(Spec):
     scorers: list[str] = Field(default=["shapes"], min_length=1)
     reward: dict[str, float] = Field(default={"score": 0.8, "cleanliness": 0.2}, min_length=1)
     """Weights of the scorers' values."""
+    units: Literal["native", "rank"] = "native"
+    """``rank``: of each value its rank within the prompt, 0 worst to 1 best: an ensemble whose scales differ."""
     rule: Annotated[PairRule, PAIR_RULES] = BestWorst()
+    group_size: int | None = Field(default=None, ge=2)
+    """Also keep groups/, for losses on groups: this many images of each prompt, evenly from the best to the worst."""
     shard_size: int = Field(default=100, ge=1)
     """Prompts per shard; a killed run goes on at the first missing shard."""
     split_salt: str = ""
@@ -44,10 +48,11 @@ def make_pairs(config: PairsConfig) -> Path:
     """Generate, score and pair; only images that stand in a pair are kept. Resumes shard by shard."""
     from tqdm import tqdm
 
+    from diffalign.data.examples import evenly
     from diffalign.data.images import encode_png, sha256, to_pil
     from diffalign.data.tables import run_shards, write_shard
     from diffalign.sampling import generate
-    from diffalign.scorers.combine import weighted
+    from diffalign.scorers.combine import rank, weighted
     from diffalign.train.evaluate import score_images
 
     folder = Path(config.output_dir)
@@ -68,36 +73,42 @@ def make_pairs(config: PairsConfig) -> Path:
         unknown = set(config.reward) - set(values)
         if unknown:
             raise ConfigError(f"reward: no scorer gives {sorted(unknown)[0]!r}", hint=f"given: {', '.join(values)}")
-        reward = weighted(values, config.reward)
+        reward = weighted({n: rank(v) for n, v in values.items()} if config.units == "rank" else values, config.reward)
         if not reward.isfinite().all():
             raise ConfigError(
                 "reward: some prompts do not ask for one of its values", hint="weigh score, exact or cleanliness"
             )
-        rows: dict[str, list[dict[str, Any]]] = {"images": [], "scores": [], "pairs": []}
+        rows: dict[str, list[dict[str, Any]]] = {"images": [], "scores": [], "groups": [], "pairs": []}
         for i, prompt in enumerate(mine):
-            ids: dict[int, str] = {}
-            for preference in config.rule(Group(reward[i].tolist(), {n: v[i].tolist() for n, v in values.items()})):
-                for j in (preference.chosen, preference.rejected):
-                    if j in ids:
-                        continue
-                    picture = to_pil(images[i, j][None])[0]
-                    data = encode_png(picture)
-                    digest = sha256(data)
-                    ids[j] = f"{prompt.id}-{config.seed}-{j}"
-                    rows["images"].append({
-                        "image_id": ids[j], "sha256": digest, "prompt_id": prompt.id, "prompt": prompt.text,
-                        "image": {"bytes": data, "path": None}, "k": j, "seed": config.seed,
-                        "model": config.model.path, "revision": config.model.revision, "adapter": config.adapter,
-                        "sampler": type(model.scheduler).__name__, "versions": versions,
-                        "num_inference_steps": config.sampling.num_inference_steps,
-                        "guidance_scale": config.sampling.guidance_scale,
-                        "width": picture.width, "height": picture.height,
+            group = Group(reward[i].tolist(), {n: v[i].tolist() for n, v in values.items()})
+            preferences = config.rule(group)
+            listed = evenly(group.order(), config.group_size) if config.group_size else []
+            ids = {j: f"{prompt.id}-{config.seed}-{j}" for p in preferences for j in (p.chosen, p.rejected)}
+            ids |= {j: f"{prompt.id}-{config.seed}-{j}" for j in listed}
+            for j, image_id in ids.items():
+                picture = to_pil(images[i, j][None])[0]
+                data = encode_png(picture)
+                digest = sha256(data)
+                rows["images"].append({
+                    "image_id": image_id, "sha256": digest, "prompt_id": prompt.id, "prompt": prompt.text,
+                    "image": {"bytes": data, "path": None}, "k": j, "seed": config.seed,
+                    "model": config.model.path, "revision": config.model.revision, "adapter": config.adapter,
+                    "sampler": type(model.scheduler).__name__, "versions": versions,
+                    "num_inference_steps": config.sampling.num_inference_steps,
+                    "guidance_scale": config.sampling.guidance_scale,
+                    "width": picture.width, "height": picture.height,
+                })  # fmt: skip
+                for name in config.reward:
+                    rows["scores"].append({
+                        "image_sha256": digest, "prompt_sha256": sha256(prompt.text.encode()),
+                        "scorer": name, "version": "1", "preprocess_version": "1", "value": values[name][i, j].item(),
                     })  # fmt: skip
-                    for name in config.reward:
-                        rows["scores"].append({
-                            "image_sha256": digest, "prompt_sha256": sha256(prompt.text.encode()),
-                            "scorer": name, "version": "1", "preprocess_version": "1", "value": values[name][i, j].item(),
-                        })  # fmt: skip
+            if listed:
+                rows["groups"].append({
+                    "group_id": f"{prompt.id}-{config.seed}", "prompt_id": prompt.id, "prompt": prompt.text, "scores": said,
+                    "image_ids": [ids[j] for j in listed], "rewards": [group.reward[j] for j in listed],
+                })  # fmt: skip
+            for preference in preferences:
                 rows["pairs"].append({
                     "pair_id": f"{prompt.id}-{config.seed}-{preference.chosen}-{preference.rejected}",
                     "prompt_id": prompt.id, "prompt": prompt.text, "p_win": 1.0,
@@ -105,11 +116,13 @@ def make_pairs(config: PairsConfig) -> Path:
                     "margins": json.dumps({"reward": round(preference.margin, 6)}),
                     "rule": dump(config.rule).strip(), "scores": said, "source": config.model.path,
                 })  # fmt: skip
-        write_shard(folder, "images", n, rows["images"])
-        write_shard(folder, "scores", n, rows["scores"])
+        for table in ("images", "scores", *(["groups"] if config.group_size else [])):
+            write_shard(folder, table, n, rows[table])
         return rows["pairs"]
 
-    plan = {k: v for k, v in config.model_dump(mode="json").items() if k != "output_dir"}
+    # what is at its default stays unsaid, so that a folder made before there was such a setting goes on
+    unsaid = {"output_dir"} | {k for k in ("units", "group_size") if k not in config.model_fields_set}
+    plan = config.model_dump(mode="json", exclude=unsaid)
     run_shards(folder, "pairs", plan, -(-len(prompts) // config.shard_size), shard)
     bar.close()
     return folder

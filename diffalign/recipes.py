@@ -81,7 +81,7 @@ class TrainConfig(Spec):
     @property
     def total(self) -> Total:
         """The objectives as one."""
-        return Total(self.objective, self.train.protect_winner)
+        return Total(self.objective, self.train.protect_winner, self.train.balance_kinds)
 
 
 def licences(config: TrainConfig) -> list[dict[str, str | None]]:

@@ -49,6 +49,10 @@ class DataSpec(Spec):
     """Divide scores by the standard deviation of all training scores."""
     curriculum: Curriculum | None = None
     """Bring pairs in by their gap in score, the clearest first."""
+    maps: Literal["region", "segments", "judged_region", "judged_segments"] | None = None
+    """Where a pair counts. ``region``: errors are means weighted by that column, a picture of weights or a box; ``segments``:
+    sums over the column's boxes with labels, 1 where the winner is better and -1 where the loser is. ``judged_``: by the judge
+    of the built-in world, from the objects that are wrong."""
     positive_share: float | None = Field(default=None, gt=0, lt=1)
     """Of labels: weigh them so that good images carry this share."""
     group_size: int = Field(default=4, ge=2)
@@ -66,6 +70,9 @@ def consistent(c: TrainConfig) -> None:
         "data.p_win_scale": data.p_win_scale is not None,
         "data.curriculum": data.curriculum is not None,
         "train.protect_winner": c.train.protect_winner is not None,
+        "train.balance_kinds": c.train.balance_kinds is not None,
+        "train.gradient_angle_steps": c.train.gradient_angle_steps > 0,
+        "data.maps": data.maps is not None,
         "coupling.captions: own": c.coupling.captions == "own",
     }
     wrong = [key for key, is_set in pairs_only.items() if is_set and total.data != "pairs"]
@@ -80,6 +87,10 @@ def consistent(c: TrainConfig) -> None:
             )
         if wrong := [key for key, is_set in pairs_only.items() if is_set]:
             raise ValueError(f"coupling.noise: replay reads winners alone, but {wrong[0]} is about pairs: drop one")
+    if data.maps is not None and data.maps.endswith("segments") and "reference" not in total.needs:
+        raise ValueError(f"data.maps: {data.maps} adds and subtracts errors, but {names} has no reference: take region")
+    if c.train.balance_kinds is not None and "loser" not in total.needs:
+        raise ValueError(f"train.balance_kinds is about pairs, but {names} reads winners alone: drop it")
     if data.positive_share is not None and total.data != "labels":
         raise ValueError(f"data.positive_share is about labels, but {names} is about {total.data}: drop it")
     if not isinstance(c.reference, Base) and "reference" not in total.needs:
@@ -104,12 +115,29 @@ def build_pairs(spec: DataSpec, seed: int, given: Sequence[Pair] | None = None) 
     from diffalign.data.pairs import flipped, read_pairs, shuffled_labels, split_by_prompt
 
     pairs = read_pairs(source_of(spec), spec.limit) if given is None else list(given)[: spec.limit]
+    if spec.maps is not None and spec.maps.startswith("judged_"):
+        pairs = judged(pairs)
     training, held = split_by_prompt(pairs, spec.holdout)
     if not training:
         raise DataError(f"{spec.path}: no pair is left for training", hint="lower data.holdout or raise data.limit")
     share = 0.5 if spec.shuffle_labels else spec.flip_labels
     training = shuffled_labels(training, seed, share) if share else training
     return tuple([flipped(p) if spec.swap_labels else p for p in some] for some in (training, held))  # type: ignore[return-value]
+
+
+def judged(pairs: Sequence[Pair]) -> list[Pair]:
+    """Pairs of the built-in world with the judge's maps. It comes before labels are exchanged, which takes segments along."""
+    from dataclasses import replace
+
+    from diffalign.data.maps import Maps
+    from diffalign.shapes.maps import maps_of
+
+    out: list[Pair] = []
+    for start in range(0, len(pairs), 256):
+        some = pairs[start : start + 256]
+        found = maps_of([p.chosen.load() for p in some], [p.rejected.load() for p in some], [p.prompt for p in some])
+        out += [replace(p, maps=Maps(*m, p.chosen.where)) for p, m in zip(some, found, strict=True)]
+    return out
 
 
 def build_examples(config: TrainConfig, given: Sequence[Pair] | None = None) -> tuple[list[Example], list[Example]]:
@@ -148,6 +176,8 @@ def build_examples(config: TrainConfig, given: Sequence[Pair] | None = None) -> 
         raise DataError(
             f"{spec.path}: coupling.captions is own, but no loser has a caption of its own", hint="add rejected_prompt"
         )
+    if config.train.balance_kinds is not None and len({x.kind for x in training}) < 2:
+        raise DataError(f"{spec.path}: all pairs are of one kind", hint="fill the column kind with 0 and 1")
     training, held = scored(training, training, spec), scored(held, training, spec)
     return (balanced(training, spec.positive_share) if spec.positive_share else training), held
 
@@ -187,6 +217,7 @@ def offline_feeds(
         "seed": s.seed,
         "data": total.data,
         "coupling": config.coupling,
+        "maps": spec.maps.removeprefix("judged_") if spec.maps else None,
     }
 
     def feed_of(examples: Sequence[Example], **more: Any) -> Offline:

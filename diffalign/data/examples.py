@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from diffalign.data.maps import Maps
 from diffalign.data.pairs import Pair, Picture, own_pictures, picture_source, read_pairs, rows_of, table_rows
 from diffalign.errors import DataError
 
@@ -23,6 +24,8 @@ class Example:
     p_win: float = 1.0
     good: bool = True
     weight: float = 1.0
+    kind: int = 0
+    maps: Maps | None = None
 
     @property
     def prompt(self) -> str:
@@ -32,7 +35,8 @@ class Example:
 def of_pair(pair: Pair) -> Example:
     """A pair as an example."""
     prompts = (pair.prompt, pair.rejected_prompt or pair.prompt)
-    return Example((pair.chosen, pair.rejected), prompts, pair.scores, pair.p_win, weight=pair.weight)
+    both = (pair.chosen, pair.rejected)
+    return Example(both, prompts, pair.scores, pair.p_win, weight=pair.weight, kind=pair.kind, maps=pair.maps)
 
 
 def labels_of(pairs: Sequence[Pair]) -> list[Example]:
@@ -136,11 +140,15 @@ def _columns(row: Mapping[str, Any], names: Sequence[str], where: str) -> None:
             raise DataError(f"{where}: no {name}; found {', '.join(map(str, row))}")
 
 
+def evenly(order: Sequence[int], size: int) -> list[int]:
+    """``size`` of these at even distances, the first and the last among them."""
+    return [order[round(j * (len(order) - 1) / max(1, size - 1))] for j in range(size)]
+
+
 def spread(group: Example, size: int) -> Example:
     """``size`` images of a group, evenly from the best to the worst, in that order."""
     assert group.scores is not None
-    order = sorted(range(len(group.pictures)), key=lambda i: -group.scores[i])  # type: ignore[index]
-    some = [order[round(j * (len(order) - 1) / max(1, size - 1))] for j in range(size)]
+    some = evenly(sorted(range(len(group.pictures)), key=lambda i: -group.scores[i]), size)  # type: ignore[index]
     return replace(
         group,
         pictures=tuple(group.pictures[i] for i in some),

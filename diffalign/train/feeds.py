@@ -16,7 +16,9 @@ from diffalign.data.buckets import Size, bucket_sizes, nearest
 from diffalign.data.cache import BATCH, TensorCache
 from diffalign.data.examples import Example
 from diffalign.data.images import frame, to_tensor
+from diffalign.data.maps import Kind
 from diffalign.data.pairs import Picture
+from diffalign.errors import DataError
 from diffalign.models import Cond, Model
 from diffalign.objectives import Data, Need, Terms
 from diffalign.spec import Spec
@@ -76,6 +78,7 @@ class Offline:
         data: Data = "pairs",
         coupling: Coupling | None = None,
         curriculum: Curriculum | None = None,
+        maps: Kind | None = None,
     ) -> None:
         self.model, self.timesteps, self.seed, self.caption_dropout = model, timesteps, seed, caption_dropout
         self.batch_size, self.accumulation, self.rank, self.world = batch_size, accumulation, rank, world
@@ -94,6 +97,22 @@ class Offline:
         self.latents = {s: TensorCache(cache / f"pictures-{key}-{s[0]}x{s[1]}") for s in self.buckets}
         self.texts = TensorCache(cache / f"texts-{key}")
         self._encode()
+        self.maps = [self._map(i, maps) for i in range(len(self.examples))] if maps else []
+
+    def _map(self, i: int, kind: Kind) -> Tensor:
+        """(H, W) weights of the latents' places of an example."""
+        example, x0 = self.examples[i], self.latents[self.sizes[i]][self.keys[i][0]]["x0"]
+        if example.maps is None:
+            raise DataError(
+                f"{example.pictures[0].where}: it has no {kind}", hint=f"fill the column {kind}, or drop data.maps"
+            )
+        shapes = [p.shape for p in example.pictures]
+        if len(set(shapes)) > 1:
+            raise DataError(
+                f"{example.maps.where}: its pictures differ in size, so that one {kind} cannot be of both",
+                hint="resize them, or drop data.maps",
+            )
+        return example.maps.latent(kind, shapes[0], self.sizes[i], (x0.shape[-2], x0.shape[-1]))
 
     def _encode(self) -> None:
         self.keys = [[p.key for p in x.pictures] for x in self.examples]
@@ -220,6 +239,7 @@ class Offline:
             torch.tensor([x.weight for x in some]),
             self.data,
             _facts(some),
+            torch.stack([self.maps[i] for _, i in rows]) if self.maps else None,
         )
 
     def _cond(self, prompt: str | None) -> Cond:
@@ -238,7 +258,7 @@ class Offline:
 
 
 def _facts(examples: Sequence[Example]) -> dict[str, Tensor]:
-    facts = {"p_win": torch.tensor([x.p_win for x in examples]), "good": torch.tensor([x.good for x in examples])}
+    facts = {name: torch.tensor([getattr(x, name) for x in examples]) for name in ("p_win", "good", "kind")}
     if all(x.scores is not None for x in examples):
         facts["scores"] = torch.tensor([x.scores for x in examples])
     return facts
