@@ -33,7 +33,7 @@ from diffalign.train.state import TrainSettings, TrainState, checkpoints, make_o
 from diffalign.training_data import DataSpec, consistent, offline_feeds
 
 if TYPE_CHECKING:
-    from diffalign.data.pairs import Pair
+    from diffalign.training_data import Rows
 
 
 Objectives = OBJECTIVES.one_or_more() if not TYPE_CHECKING else tuple[Objective, ...]
@@ -140,10 +140,10 @@ def resume_point(config: TrainConfig) -> Path | None:
     return None
 
 
-def train(config: TrainConfig, pairs: Sequence[Pair] | None = None) -> Run:
+def train(config: TrainConfig, pairs: Rows | None = None) -> Run:
     """The whole of ``diffalign train``: fit, export, evaluate. Every process of a launch calls it.
 
-    ``pairs`` in memory stand in for those at ``config.data.path``.
+    ``pairs`` in memory, or single images with labels, stand in for those at ``config.data.path``.
     """
     import torch
     from accelerate.utils import set_seed

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from diffalign.recipes import TrainConfig
     from diffalign.train.feeds import Offline
 
+    Rows = Sequence[Pair] | Sequence[Example]
+    """What is given in memory instead of a path: pairs, or single images with labels."""
+
 
 class DataSpec(Spec):
     """The ``data`` section."""
@@ -140,14 +143,14 @@ def judged(pairs: Sequence[Pair]) -> list[Pair]:
     return out
 
 
-def build_examples(config: TrainConfig, given: Sequence[Pair] | None = None) -> tuple[list[Example], list[Example]]:
+def build_examples(config: TrainConfig, given: Rows | None = None) -> tuple[list[Example], list[Example]]:
     """(training, held out) examples of the kind that the objective is about.
 
     Raises:
         DataError: the data lacks what the objective reads; names the column.
     """
     from diffalign.data.examples import balanced, labels_of, of_pair, read_groups, read_labels
-    from diffalign.data.pairs import split_by_prompt
+    from diffalign.data.pairs import Pair, split_by_prompt
 
     spec, total = config.data, config.total
     source = source_of(spec)
@@ -156,7 +159,8 @@ def build_examples(config: TrainConfig, given: Sequence[Pair] | None = None) -> 
             found = labels_of(given) if given is not None else read_labels(source, spec.limit)
             training, held = split_by_prompt([x for x in found if x.good], spec.holdout)
         case "pairs":
-            training, held = ([of_pair(p) for p in some] for some in build_pairs(spec, config.train.seed, given))
+            rows = None if given is None else [p for p in given if isinstance(p, Pair)]
+            training, held = ([of_pair(p) for p in some] for some in build_pairs(spec, config.train.seed, rows))
         case "labels":
             found = labels_of(given) if given is not None else read_labels(source, spec.limit)
             training, held = split_by_prompt(found, spec.holdout)
@@ -200,7 +204,7 @@ def scored(examples: Sequence[Example], of: Sequence[Example], spec: DataSpec) -
 
 
 def offline_feeds(
-    config: TrainConfig, model: Model, accelerator: Any, asked: Sequence[Prompt], given: Sequence[Pair] | None = None
+    config: TrainConfig, model: Model, accelerator: Any, asked: Sequence[Prompt], given: Rows | None = None
 ) -> tuple[Offline, Offline | None]:
     """The feed of training and that of what is held out, everything encoded; no training prompt is one of ``asked``."""
     from diffalign.data.pairs import apart

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.data.maps import Maps
-from diffalign.data.pairs import Pair, Picture, own_pictures, picture_source, read_pairs, rows_of, table_rows
+from diffalign.data.pairs import Pair, Picture, own_pictures, pairs_of, picture_source, read_pairs, rows_of, table_rows
 from diffalign.errors import DataError
 
 
@@ -39,8 +39,14 @@ def of_pair(pair: Pair) -> Example:
     return Example(both, prompts, pair.scores, pair.p_win, weight=pair.weight, kind=pair.kind, maps=pair.maps)
 
 
-def labels_of(pairs: Sequence[Pair]) -> list[Example]:
-    """Single images from pairs: good if it won at least once with its caption, bad otherwise (Diffusion-KTO, section 4.3)."""
+def labels_of(pairs: Sequence[Pair] | Sequence[Example]) -> list[Example]:
+    """Single images from pairs: good if it won at least once with its caption, bad otherwise (Diffusion-KTO, section 4.3).
+
+    What are examples already stays.
+    """
+    if labels := [x for x in pairs if isinstance(x, Example)]:
+        return labels
+    pairs = [p for p in pairs if isinstance(p, Pair)]
     won = {(p.prompt, p.chosen.key) for p in pairs}
     out: dict[tuple[str, str], Example] = {}
     for pair in pairs:
@@ -72,8 +78,20 @@ def read_labels(source: str, limit: int | None = None) -> list[Example]:
     path = Path(source)
     if _has(path, "label"):
         rows = islice(table_rows(path), limit)
-        return [_label(row, path, f"{source}, row {n}") for n, row in enumerate(rows, 1)]
+        return [_label(row, path.parent, f"{source}, row {n}") for n, row in enumerate(rows, 1)]
     return labels_of(read_pairs(source, limit))
+
+
+def labels_in(rows: Iterable[Mapping[str, Any]], where: str = "train_dataset") -> list[Example]:
+    """Single images of rows in memory with ``prompt``, ``image`` and ``label``, or of pairs with ``chosen`` and ``rejected``.
+
+    Raises:
+        DataError: as :func:`read_labels`.
+    """
+    given = list(rows)
+    if given and "chosen" in given[0]:
+        return labels_of(pairs_of(given, where))
+    return [_label(row, None, f"{where}, row {n}") for n, row in enumerate(given, 1)]
 
 
 def _has(path: Path, column: str) -> bool:
@@ -81,11 +99,11 @@ def _has(path: Path, column: str) -> bool:
     return path.is_file() and column in next(table_rows(path), {})
 
 
-def _label(row: Mapping[str, Any], path: Path, where: str) -> Example:
+def _label(row: Mapping[str, Any], folder: Path | None, where: str) -> Example:
     _columns(row, ("prompt", "image", "label"), where)
     if row["label"] not in (0, 1):
         raise DataError(f"{where}: label must be 1 (good) or 0 (bad), got {row['label']!r}")
-    picture = Picture(picture_source(row["image"], path.parent, where), where)
+    picture = Picture(picture_source(row["image"], folder, where), where)
     return Example((picture,), (str(row["prompt"]),), good=bool(row["label"]))
 
 

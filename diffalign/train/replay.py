@@ -10,11 +10,10 @@ from torch import Tensor
 
 from diffalign.models import Cond, Model
 from diffalign.path import Coeffs, split
+from diffalign.solvers import dpm_2m
 
 LAGGED = "lagged"
 """The snapshot of the policy that makes the trajectories; without one it is the policy as it is."""
-_LEAST = 1e-4
-"""Of sigma, whose logarithm is taken: a straight path has none at its clean end."""
 
 
 @torch.no_grad()
@@ -36,27 +35,20 @@ def replay(model: Model, eps: Tensor, u: Tensor, cond: Cond, steps: int) -> tupl
     everything = torch.arange(len(u))
     a, s = at(everything, above)[1].over(eps)
     x = (a.square() + s.square()).sqrt() * eps
-    before, width = torch.zeros_like(x), torch.full((len(u),), torch.inf, dtype=torch.double, device=device)
-    passes = len(u)
+    passes, last = len(u), torch.zeros_like(x)
+    c_last = Coeffs(torch.ones_like(u, device=device), torch.ones_like(u, device=device))
     with _bare(model), model.weights(LAGGED) if LAGGED in model.named_weights.snapshots else nullcontext():
         for done in range(int(above.max())):
             rows = everything[above > done]
             here, passes = rows.to(device), passes + len(rows)
             (t, c), (_, c_next) = at(rows, above[rows] - done), at(rows, above[rows] - done - 1)
             x0 = split(model.kind, model.predict(x[here], t, cond[here]), x[here], c)[0]
-            h = _log_snr(c_next) - _log_snr(c)
-            blend = (h / (2 * width[here])).to(x).view(-1, 1, 1, 1)  # none at first, where the step before is endless
-            (a, s), (a_next, s_next) = c.over(x), c_next.over(x)
-            aim = x0 + blend * (x0 - before[here])
-            x[here] = s_next / s * x[here] + (a_next - a * s_next / s) * aim
-            before[here], width[here] = x0, h
+            c_before = Coeffs(c_last.alpha[here], c_last.sigma[here])
+            before = (last[here], c_before, torch.ones_like(c.alpha, dtype=torch.bool)) if done else None
+            x[here] = dpm_2m(x[here], x0, c, c_next, before)
+            last[here], c_last.alpha[here], c_last.sigma[here] = x0, c.alpha.to(c_last.alpha), c.sigma.to(c_last.sigma)
         t, _ = at(everything, torch.zeros_like(above))
         return x, model.predict(x, t, cond), passes
-
-
-def _log_snr(c: Coeffs) -> Tensor:
-    """log(alpha / sigma), (B,), in fp64."""
-    return c.alpha.double().log() - c.sigma.double().clamp(min=_LEAST).log()
 
 
 @contextmanager
