@@ -122,5 +122,5 @@ def test_both_are_about_pairs(key: str) -> None:
 
 
 def test_one_kind_alone_cannot_be_balanced(tiny: Path, pairs_csv: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="all pairs are of one kind .*fill the column kind with 0 and 1"):
+    with pytest.raises(DataError, match=r"all pairs are of one kind .*fill the column kind with 0 and 1"):
         run(tiny, pairs_csv, tmp_path / "run", 1, balance_kinds=0.5)
