@@ -111,6 +111,8 @@ ROWS |= {
         "Diffusion-DRO, LoRA: winners against states of the policy of 16 steps ago",
         ("objective={type: dro_hinge, mu: 0.001}", "coupling={noise: replay, replay_steps: 10, replay_every: 16}"),
     ),
+    "region-lora": Row("Diffusion-DPO, LoRA, where the judge sees a wrong object", ("data.maps=judged_region",)),
+    "segments-lora": Row("Diffusion-DPO, LoRA, the judge's label for each object", ("data.maps=judged_segments",)),
     "dpo-ensemble": Row(
         "Diffusion-DPO, LoRA, labelled by two learned judges (CLIP and the second judge)",
         pairs={"scorers": ["clip:shapes-clip", "diffalign.shapes.second:second_score"], "units": "rank",

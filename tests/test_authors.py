@@ -4,7 +4,8 @@ Predictions are arrays; the preset's objective sees only the errors that follow 
 SalesforceAIResearch/DiffusionDPO 8d3ee5c, mapo-t2i/mapo b1c1088, jacklishufan/diffusion-kto 01c2fc3, huaishengzhu/DSPO
 20867cf, JaydenLyh/SmPO 61105a1, WhynotChen0105/Linear-DPO 71b7f73, AIDC-AI/Diffusion-SDPO 1c83c65, G-U-N/Diffusion-NPO
 5b5fc9c, CroitoruAlin/Curriculum-DPO 3863aa5, basiclab/DiffusionDRO 47b4eae, thu-ml/Efficient-Diffusion-Alignment ada755f,
-thu-ml/Noise-Contrastive-Alignment 3669906, ZhaolinGao/REBEL bc72ebd, andrew-miao/RPO 0402abf.
+thu-ml/Noise-Contrastive-Alignment 3669906, ZhaolinGao/REBEL bc72ebd, andrew-miao/RPO 0402abf,
+1170300714/Local-DPO 3e45264.
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.special import expit, log_expit, log_softmax, softmax
 
 from diffalign.catalogue import shipped_configs
+from diffalign.data.images import encode_png
+from diffalign.data.maps import Maps
 from diffalign.objectives import GroupTerms, LabelTerms, PairTerms
+from diffalign.path import denoise_error
 from diffalign.recipes import TrainConfig
 from diffalign.spec import load
 
@@ -127,6 +132,21 @@ def pair_terms() -> PairTerms:
 def test_a_preset_has_its_authors_loss(name: str) -> None:
     got = preset(name).total(pair_terms(), {}).loss
     np.testing.assert_allclose(got.numpy(), THEIRS[name](), rtol=1e-8)
+
+
+def test_local_dpo_has_the_authors_loss_within_a_region() -> None:
+    """losses * masks * masks_shape / sum(masks), with yita 1; mask_dpo_lambda 1 and sft_lambda_mask 0.1."""
+    masks = np.zeros((4, 8, 8))
+    masks[:, 2:5, 1:7] = 1
+    inside = lambda pred: ((pred - TARGET) ** 2 * masks * masks.size / masks.sum()).mean((1, 2, 3))  # noqa: E731
+    (model_w, model_l), (ref_w, ref_l) = chunk(inside(PRED)), chunk(inside(REF))
+    wanted = -log_expit(-0.5 * 5000 * ((model_w - model_l) - (ref_w - ref_l))) + 0.1 * model_w
+    drawn = Image.fromarray((masks[0] * 255).astype(np.uint8))
+    weight = Maps(region=encode_png(drawn)).latent("region", (8, 8), (8, 8), (8, 8))[None, None]
+    target = torch.as_tensor(TARGET)
+    ours = [x for pred in (PRED, REF) for x in chunk(denoise_error(torch.as_tensor(pred), target, weight).double())]
+    got = preset("local-dpo").total(PairTerms(*ours), {}).loss
+    np.testing.assert_allclose(got.numpy(), wanted, rtol=1e-4)  # errors are taken in fp32
 
 
 def test_linear_dpo_weighs_as_the_authors_do() -> None:
