@@ -70,7 +70,8 @@ class Estimator:
         trainable = model.named_weights.trainable()
         frozen = network_bytes(model, spec.quantization)
         weights = size_of(trainable.values())
-        copies = len(model.named_weights.snapshots) + (s.ema_decay > 0) + s.load_best + config.reference.copies
+        lagged = config.coupling.noise == "replay" and config.coupling.replay_every > 1
+        copies = len(model.named_weights.snapshots) + (s.ema_decay > 0) + s.load_best + config.reference.copies + lagged
         adam = optimizer_bytes(trainable.values(), s.optimizer)
         vae, *encoders = (size_of(t for t in tensors(m) if not t.requires_grad) for m in encoders_of(model))
         step: Meter = on_fake(
