@@ -34,7 +34,8 @@ def test_every_row_of_labels_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     from leaderboard import DIT_ROWS, LABELLED, ROWS
 
     assert LABELLED.keys() <= ROWS.keys()
-    core = [
+    core = {"dpo", "mapo", "kto", "ipo", "curriculum", "smpo", "dspo", "linear", "safeguard", "rdp", "infonca", "rank-dpo"}
+    core |= {"npo", "dro"}
         "dpo",
         "mapo",
         "kto",
