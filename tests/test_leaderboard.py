@@ -36,20 +36,5 @@ def test_every_row_of_labels_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert LABELLED.keys() <= ROWS.keys()
     core = {"dpo", "mapo", "kto", "ipo", "curriculum", "smpo", "dspo", "linear", "safeguard", "rdp", "infonca", "rank-dpo"}
     core |= {"npo", "dro"}
-        "dpo",
-        "mapo",
-        "kto",
-        "ipo",
-        "curriculum",
-        "smpo",
-        "dspo",
-        "linear",
-        "safeguard",
-        "rdp",
-        "infonca",
-        "rank-dpo",
-        "npo",
-        "dro",
-    ]
     for rows in (ROWS, DIT_ROWS):
         assert {f"{name}-lora" for name in core} | {"dpo-flipped", "robust-flipped"} <= rows.keys()
