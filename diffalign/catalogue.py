@@ -24,6 +24,12 @@ def shipped_configs() -> dict[str, Path]:
     return {}
 
 
+def kind_of(name: str) -> str:
+    """The verb that a shipped configuration is for: the name of its folder, or ``train``."""
+    folder = Path(name).parent.name
+    return folder if folder in ("pairs", "generate") else "train"
+
+
 def catalogue(what: str) -> list[tuple[str, str]]:
     """(name, one line) of everything built in of one kind."""
     from diffalign.models import FAMILIES, find_family

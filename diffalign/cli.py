@@ -35,17 +35,16 @@ def main(debug: bool) -> None:
 def train(config: tuple[str, ...], as_json: bool) -> None:
     """Fine-tune a model on preferences, then evaluate it and write a report."""
     from diffalign.recipes import TrainConfig, train
+    from diffalign.report import write_report
     from diffalign.spec import load_config
 
-    loaded = load_config(TrainConfig, *split(config))
-    run = train(loaded)
+    run = train(load_config(TrainConfig, *split(config)), finished=write_report)
     if launched()[0] != 0:
         return
-    from diffalign.report import write_report
-
     page = write_report(run.folder)
     m = run.metrics
     lines = [f"trained {m['steps']} steps in {m['train_seconds']} s"]
+    lines += [round_line(row) for row in m.get("rounds", ())]
     if "aligned" in m:
         lines += _compared(m)
     show({**m, "report": str(page)}, as_json, [*lines, f"report: {page}"])
@@ -189,11 +188,10 @@ def push(run: Path, repository: str, private: bool) -> None:
     Log in with `hf auth login` first.
     """
     from diffalign import hub
-    from diffalign.exporting import exported
     from diffalign.report import write_card
 
     card = write_card(run, run, repository=repository)
-    click.echo(f"uploaded: {hub.push(run, [*exported(run), card], repository, private)}")
+    click.echo(f"uploaded: {hub.push(run, [*hub.exported(run), card], repository, private)}")
 
 
 data_cli.register(main)
@@ -331,6 +329,13 @@ def env(as_json: bool) -> None:
     found = environment()
     lines = [f"{k}: {v}" for k, v in {**{k: v for k, v in found.items() if k != "versions"}, **found["versions"]}.items()]
     show(found, as_json, lines)
+
+
+def round_line(row: dict[str, Any]) -> str:
+    """What a round was trained on, and where the model stood after it."""
+    said = f"round {row['round']}: {row['pairs']} pairs of {row['images']} images"
+    said += "" if row["reward"] is None else f" of reward {row['reward']:.3f}"
+    return said + "".join(f", {n} {row[n]:.3f}" for n in ("exact", "score") if n in row)
 
 
 def _compared(m: dict[str, Any]) -> list[str]:

@@ -39,7 +39,7 @@ def rewrite(
     if out.resolve() in [s.resolve() for s in sources]:
         raise DataError(f"{out} is the source as well", hint="choose another folder")
     counts = {}
-    for table in tables or ("images", "scores", "embeddings", "groups", "pairs"):
+    for table in tables or ("images", "scores", "annotations", "embeddings", "groups", "pairs"):
         found = [(n, f) for n, source in enumerate(sources) for f in shards_of(source, table)]
         if not found:
             continue
@@ -90,9 +90,9 @@ def split_dataset(
 ) -> dict[str, dict[str, int]]:
     """Dataset folders ``out/NAME`` with about these shares of the pairs; returns their rows by table.
 
-    Prompts that read the same but for case, punctuation and spaces fall on one side, as do prompts that share an image
-    (by ``user``: users alone are kept together). The side is a hash of the smallest of them, so more data move nothing
-    that is not joined by it.
+    Prompts that read the same but for case, punctuation and spaces fall on one side, as do prompts that share an image or a
+    caption of a loser's own (by ``user``: users alone are kept together). The side is a hash of the smallest of them, so more
+    data move nothing that is not joined by it.
 
     Raises:
         ConfigError: shares that do not sum to 1.
@@ -102,7 +102,7 @@ def split_dataset(
 
     if abs(sum(shares.values()) - 1) > 1e-9 or min(shares.values()) <= 0:
         raise ConfigError(f"the shares {', '.join(f'{k}={v:g}' for k, v in shares.items())} must be positive and sum to 1")
-    pairs = column(folder, "pairs", ("prompt", "user", "chosen_id", "rejected_id"))
+    pairs = column(folder, "pairs", ("prompt", "user", "chosen_id", "rejected_id", "rejected_prompt"))
     if not len(pairs):
         raise DataError(f"{folder}: no pairs to split")
     names, codes = coded(pairs[by])
@@ -139,7 +139,7 @@ def split_dataset(
 
 
 def _parts(keys: Sequence[str], codes: Ints, pairs: Any, shares: Mapping[str, float], salt: str) -> list[str]:
-    """The side of each of the distinct values; those linked by equal keys or, with ``pairs``, by images share one."""
+    """The side of each of the distinct values; those linked by equal keys or, with ``pairs``, images or captions share one."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -150,9 +150,12 @@ def _parts(keys: Sequence[str], codes: Ints, pairs: Any, shares: Mapping[str, fl
         import pyarrow as pa
 
         _, images = coded(pa.chunked_array([*pairs["chosen_id"].chunks, *pairs["rejected_id"].chunks], pa.string()))
-        ends = np.tile(node[codes], 2)
+        captions, own = coded(pairs["rejected_prompt"])
+        other = np.array([place.setdefault(normalised(c), len(place)) for c in captions], np.int64)[own[own >= 0]]
+        ends = np.concatenate([np.tile(node[codes], 2), node[codes][own >= 0]])
+        joined = np.concatenate([images + len(place), other])
         size = len(place) + int(images.max(initial=-1)) + 1
-        graph = coo_array((np.ones(len(ends), np.int8), (ends, images + len(place))), shape=(size, size))
+        graph = coo_array((np.ones(len(ends), np.int8), (ends, joined)), shape=(size, size))
         groups = connected_components(graph, directed=False)[1][: len(place)]
     smallest: dict[int, str] = {}
     for key, i in place.items():
@@ -298,9 +301,12 @@ def dedup_dataset(
             return rows
         rows = renamed_rows(table, rows, names)
         keep = [normalised(p) not in barred for p in rows["prompt"].to_pylist()]
+        if table == "pairs":
+            other = [p is None or normalised(p) not in barred for p in rows["rejected_prompt"].to_pylist()]
+            keep = [a and b for a, b in zip(keep, other, strict=True)]
         reasons[f"{table} of excluded prompts"] += keep.count(False)
         for n, key in enumerate(pair_keys(rows)) if table == "pairs" else ():
-            if keep[n] and key[0] == key[1]:
+            if keep[n] and key[0] == key[1] and key[3] in (None, key[2]):
                 keep[n], why = False, "pairs of a picture with its copy"
             elif keep[n] and key in seen:
                 keep[n], why = False, "repeated pairs"

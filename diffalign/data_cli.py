@@ -154,7 +154,7 @@ def merge(sources: tuple[Path, ...], out: Path, as_json: bool) -> None:
 def dedup(folder: Path, out: Path, exclude: tuple[str, ...], exact: bool, as_json: bool) -> None:
     """Write OUT without copies of pictures, repeated pairs, and pairs of evaluation prompts."""
     from diffalign.curation import dedup_dataset
-    from diffalign.evaluation import excluded_prompts
+    from diffalign.excluding import excluded_prompts
 
     counts, reasons = dedup_dataset(folder, out, excluded_prompts(exclude), not exact)
     lines = [f"{out}: {_counted(counts)}", *(f"  removed: {n} {why}" for why, n in reasons.most_common())]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from diffalign.models.architectures import KNOWN, Parts, read_parts, skeleton
 from diffalign.models.quantize import quantized_bytes
 from diffalign.objectives import Data
 from diffalign.recipes import TrainConfig
+from diffalign.rounds import round_config
 from diffalign.scoring import quiet
 from diffalign.spec import validate, with_overrides
 from diffalign.train.feeds import pictures_at_once
@@ -70,8 +72,9 @@ class Estimator:
         trainable = model.named_weights.trainable()
         frozen = network_bytes(model, spec.quantization)
         weights = size_of(trainable.values())
+        reference = config.reference if config.rounds is None else round_config(config, config.rounds.count).reference
         lagged = config.coupling.noise == "replay" and config.coupling.replay_every > 1
-        copies = len(model.named_weights.snapshots) + (s.ema_decay > 0) + s.load_best + config.reference.copies + lagged
+        copies = len(model.named_weights.snapshots) + (s.ema_decay > 0) + s.load_best + reference.copies + lagged
         adam = optimizer_bytes(trainable.values(), s.optimizer)
         vae, *encoders = (size_of(t for t in tensors(m) if not t.requires_grad) for m in encoders_of(model))
         step: Meter = on_fake(
@@ -92,11 +95,16 @@ class Estimator:
         if model.trains_texts:  # they stay, and nothing is encoded before
             phases["train"] |= texts
             del phases["texts"]
-        if config.evaluate.enabled:
-            e = config.evaluate
-            rows = min(e.sampling.batch_size, e.num_prompts * e.images_per_prompt)
-            peak = on_fake(lambda m: sampling_peak(m, rows, e.sampling.guidance_scale), "sample", rows, e.sampling)
-            phases["sample"] = net | {"VAE": vae, "activations": peak} | texts
+        asked = [(e.sampling, e.num_prompts * e.images_per_prompt, net)] if (e := config.evaluate).enabled else []
+        if config.rounds is not None:  # images of a round are made before anything of training is there
+            alone = {"frozen network": frozen, "trained weights": weights}
+            asked.append((config.rounds.sampling, config.rounds.sampling.batch_size, alone))
+        for sampling, images, there in asked:
+            rows = min(sampling.batch_size, images)
+            peak = on_fake(partial(sampling_peak, rows=rows, guidance=sampling.guidance_scale), "sample", rows, sampling)
+            found = there | {"VAE": vae, "activations": peak} | texts
+            if sum(found.values()) > sum(phases.get("sample", {}).values()):
+                phases["sample"] = found
         flops = step.flops * s.gradient_accumulation_steps
         return Estimate(phases, flops, sum(p.numel() for p in trainable.values()))
 

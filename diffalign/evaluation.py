@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, field_validator
 
 from diffalign.data.files import atomic, write_json
-from diffalign.data.prompts import Prompt, normalised, read_prompts
+from diffalign.data.prompts import Prompt, read_prompts
 from diffalign.errors import ConfigError, DataError
 from diffalign.models import Model
 from diffalign.sampling import Sampler
@@ -27,6 +26,14 @@ if TYPE_CHECKING:
 
 
 SHAPES_PROMPTS = re.compile(r"shapes:(train|select|test)")
+
+
+def known_scorers(names: list[str]) -> list[str]:
+    """The names, if there may be such scorers."""
+    for name in names:
+        if name != "shapes" and ":" not in name and name not in table():
+            raise ValueError(f"unknown scorer {name!r}; use shapes, taste:KIND, {', '.join(table())} or pkg.mod:obj")
+    return names
 
 
 class EvaluateSpec(Spec):
@@ -50,13 +57,7 @@ class EvaluateSpec(Spec):
     split_salt: str = ""
     """Another salt makes another split of the built-in world."""
 
-    @field_validator("scorers")
-    @classmethod
-    def _known(cls, names: list[str]) -> list[str]:
-        for name in names:
-            if name != "shapes" and ":" not in name and name not in table():
-                raise ValueError(f"unknown scorer {name!r}; use shapes, taste:KIND, {', '.join(table())} or pkg.mod:obj")
-        return names
+    _known = field_validator("scorers")(known_scorers)
 
 
 def prompts_of(source: str, limit: int | None, seed: int = 0, salt: str = "", negative: str | None = None) -> list[Prompt]:
@@ -70,29 +71,6 @@ def prompts_of(source: str, limit: int | None, seed: int = 0, salt: str = "", ne
     else:
         found = read_prompts(source, limit)
     return [Prompt(p.text, p.negative or negative) for p in found]
-
-
-def excluded_prompts(sources: Sequence[str]) -> set[str]:
-    """Prompts of files, suites ``NAME:PATH`` and splits of the built-in world, normalised for matching."""
-    found: set[str] = set()
-    for source in sources:
-        if match := SHAPES_PROMPTS.fullmatch(source):
-            found |= shapes_captions(match[1])
-        else:
-            found |= {normalised(p.text) for p in prompts_of(source, None)}
-    return found
-
-
-def shapes_captions(split: str) -> set[str]:
-    """Every caption of a split of the built-in world, normalised."""
-    from diffalign.shapes.scene import PHRASINGS, RELATIONS, all_scenes
-
-    out = set()
-    for scene in all_scenes(split):  # type: ignore[arg-type]
-        stated = [replace(scene, relation=r) for r in RELATIONS] if scene.relation else [scene]
-        both = [s for one in stated for s in (one, replace(one, things=one.things[::-1]))]
-        out |= {normalised(s.caption(n)) for s in both for n in range(PHRASINGS)}
-    return out
 
 
 def asked_of(spec: EvaluateSpec, model: Model) -> list[Prompt]:

@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from diffalign.building import build_model
 from diffalign.data.files import atomic_folder
 from diffalign.errors import ConfigError
+from diffalign.hub import exported
 from diffalign.models import Format
 from diffalign.recipes import TrainConfig, about
 from diffalign.spec import load
-
-
-def exported(folder: Path) -> list[Path]:
-    """The files of a run, or of an export, that are its model as stock diffusers loads it.
-
-    Raises:
-        ConfigError: there are none.
-    """
-    index = folder / "model_index.json"
-    if index.is_file():
-        parts = [folder / name for name in json.loads(index.read_text()) if (folder / name).is_dir()]
-        return [index, *(f for part in parts for f in sorted(part.rglob("*")) if f.is_file())]
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("adapter_config.json")])
-    if not files:
-        raise ConfigError(f"{folder} is not a finished run: it holds no trained weights", hint="give the output_dir of a run")
-    return files
 
 
 def export_run(run: Path, format: Format, output: Path | None = None, dtype: str | None = None) -> Path:

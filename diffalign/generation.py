@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from diffalign.building import environment, ready_model
-from diffalign.data.prompts import Prompt, normalised
+from diffalign.data.prompts import Prompt
 from diffalign.data.tables import read_notes, run_shards, shard_path, write_shard
 from diffalign.errors import ConfigError, DataError
-from diffalign.evaluation import excluded_prompts, prompts_of
+from diffalign.evaluation import prompts_of
+from diffalign.excluding import Barrier, Excluding
 from diffalign.models import Model, ModelSpec
 from diffalign.safety import Gate, Safety
 from diffalign.sampling import Item, Sampler, sample, unit
@@ -59,7 +60,7 @@ class StartFrom(Spec):
         return self
 
 
-class GenerateConfig(Spec):
+class GenerateConfig(Excluding):
     """Images of many prompts, written as the images table of a dataset folder."""
 
     version: Literal[1] = 1
@@ -68,9 +69,6 @@ class GenerateConfig(Spec):
     """Further models that make images of the same prompts from the same seeds, one after the other."""
     prompts: str = "shapes:train"
     num_prompts: int | None = Field(default=None, ge=1)
-    exclude: list[str] = []
-    """Prompt files, suites ``NAME:PATH`` or splits of the built-in world whose prompts are left out, whatever their case,
-    punctuation and spaces: those that you will evaluate on."""
     negative_prompt: str | None = None
     """For prompts that bring none of their own."""
     images_per_prompt: int = Field(default=1, ge=1)
@@ -134,7 +132,7 @@ def generate_dataset(config: GenerateConfig, rank: int = 0, world: int = 1) -> G
 
     Raises:
         ConfigError: every prompt is excluded, or a reward is not measured.
-        DataError: the folder holds images of another plan.
+        DataError: a prompt is evaluated on, and that is refused; the folder holds images of another plan.
     """
     from tqdm import tqdm
 
@@ -144,7 +142,7 @@ def generate_dataset(config: GenerateConfig, rank: int = 0, world: int = 1) -> G
     out = Generated(folder)
     todo, out.excluded = plan_work(config)
     maker = Maker(config)
-    plan = config.model_dump(mode="json", exclude={"output_dir"})
+    plan = config.plan()
     ids = dict.fromkeys(item.prompt.id for work in todo for item in work.items)
     plan["prompts_hash"] = sha256(json.dumps(list(ids)).encode())
     with tqdm(total=sum(len(w.items) for w in todo), desc="generate", unit="image", dynamic_ncols=True) as bar:
@@ -172,7 +170,6 @@ def generate_dataset(config: GenerateConfig, rank: int = 0, world: int = 1) -> G
 def plan_work(config: GenerateConfig) -> tuple[list[Work], int]:
     """What there is to do, in shards, and how many prompts are excluded."""
     k = config.images_per_prompt if config.preview is None else config.preview.images_per_prompt
-    barred = excluded_prompts(config.exclude)
     sources: list[Callable[[], bytes]] | None = None
     if config.start_from is not None:
         from itertools import islice
@@ -186,7 +183,9 @@ def plan_work(config: GenerateConfig) -> tuple[list[Work], int]:
         sources = [r.open for r in rows]
     else:
         found = prompts_of(config.prompts, config.num_prompts, config.seed, config.split_salt, config.negative_prompt)
-    kept = [n for n, p in enumerate(found) if normalised(p.text) not in barred]
+    where = config.start_from.path if config.start_from is not None else config.prompts
+    out = Barrier(config).left_out([p.text for p in found], where)
+    kept = [n for n, barred in enumerate(out) if not barred]
     if not kept:
         raise ConfigError(f"exclude: none of the {len(found)} prompts is left")
     seen: dict[str, int] = {}

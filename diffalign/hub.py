@@ -6,10 +6,11 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from diffalign.errors import DataError, DiffalignError, ModelError
+from diffalign.errors import ConfigError, DataError, DiffalignError, ModelError
 from diffalign.shapes.assets import ASSETS, LICENCE, asset
 
 WEIGHTS = re.compile(r".+/[^./]+?(-\d+-of-\d+)?(\.(?P<variant>[^./]+?))?(-\d+-of-\d+)?\.(?P<kind>safetensors|bin)")
@@ -68,16 +69,22 @@ def resolve_data(path: str, files: Sequence[str]) -> Path:
         raise DataError(f"{path}: neither here nor on the hub: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from e
 
 
-def licence(path: str, revision: str | None = None, kind: str = "model") -> str | None:
-    """The licence that a model or a dataset states in its card, here or in the hub's cache; None where it states none."""
+def licence(path: str, revision: str | None = None, kind: str = "model", fetch: bool = False) -> str | None:
+    """The licence that a model or a dataset states in its card, here or in the hub's cache; None where it states none.
+
+    With ``fetch`` a card that is not in the cache is downloaded, so that the first run says the same as all later ones.
+    """
     import yaml
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.repocard import metadata_load
 
     if path in ASSETS:
         return LICENCE
     card = Path(path).expanduser() / "README.md"
     if is_hub_id(path):
+        if fetch:
+            with suppress(Exception):  # no card, no such repository, no network
+                hf_hub_download(path, "README.md", revision=revision, repo_type=kind)
         cached = try_to_load_from_cache(path, "README.md", revision=revision, repo_type=kind)
         card = Path(cached) if isinstance(cached, str) else card
     if not card.is_file():
@@ -114,6 +121,22 @@ def push(folder: Path, files: Sequence[Path], repo: str, private: bool, kind: st
     except OSError as e:  # refused, or no connection
         raise DiffalignError(f"{repo}: cannot upload: {' '.join(str(e).split())[:300]}") from e
     return str(address)
+
+
+def exported(folder: Path) -> list[Path]:
+    """The files of a run, or of an export, that are its model as stock diffusers loads it.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    index = folder / "model_index.json"
+    if index.is_file():
+        parts = [folder / name for name in json.loads(index.read_text()) if (folder / name).is_dir()]
+        return [index, *(f for part in parts for f in sorted(part.rglob("*")) if f.is_file())]
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("adapter_config.json")])
+    if not files:
+        raise ConfigError(f"{folder} is not a finished run: it holds no trained weights", hint="give the output_dir of a run")
+    return files
 
 
 def pipeline_files(index: Mapping[str, Any], names: Sequence[str], variant: str | None) -> list[str]:

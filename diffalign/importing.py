@@ -11,22 +11,24 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
-from diffalign.data.formats import LAYOUTS, Comparison, Layout, Side
+from diffalign.data.formats import LAYOUTS, Comparison, Layout, Rated, Side
 from diffalign.data.images import decode, fingerprint, sha256
+from diffalign.data.joined import joined
 from diffalign.data.prompts import Prompt
 from diffalign.data.records import chunks, find_files, folder_rows, gathered, in_chunks
+from diffalign.data.scores import prompt_key
 from diffalign.data.sources import clean, picture_bytes, undecoded
 from diffalign.data.tables import fix_plan, read_notes, shard_path, write_shard
-from diffalign.errors import DataError
+from diffalign.errors import ConfigError, DataError
+from diffalign.excluding import Barrier, Excluding
 from diffalign.hub import is_hub_id, licence
 from diffalign.safety import Gate, Safety
-from diffalign.spec import Spec
 
 if TYPE_CHECKING:
     from PIL import Image
 
 
-class ImportConfig(Spec):
+class ImportConfig(Excluding):
     """Somebody's preferences as images and pairs tables of a dataset folder."""
 
     version: Literal[1] = 1
@@ -39,6 +41,8 @@ class ImportConfig(Spec):
     """Of a dataset on the hub."""
     image_root: str | None = None
     """Folder or URL that paths of pictures are relative to and may not leave; that of the table if not given."""
+    pictures_from: str | None = None
+    """Pick-a-Pic's Parquet files, or a dataset folder, that hold the prompts and pictures which `richhf` only names."""
     pictures: bool = True
     """False reads and writes no picture: ids, prompts and labels alone."""
     ties: Literal["drop", "keep"] = "keep"
@@ -73,6 +77,8 @@ class Imported:
     images: int = 0
     """Shards count their own: a picture that two shards need is counted twice."""
     dropped: Counter[str] = field(default_factory=Counter)
+    rated: int = 0
+    """Images with scores of their own."""
     flagged: int = 0
     agrees: int = 0
     disagrees: int = 0
@@ -81,6 +87,7 @@ class Imported:
         """For people."""
         out = [f"{self.pairs} pairs of {self.rows} rows, {self.images} images, in {folder}"]
         out += [f"{self.ties} of them are ties"] if self.ties else []
+        out += [f"{self.rated} images with scores, in scores/"] if self.rated else []
         out += [f"{self.flagged} images below the safety floor, flagged in scores/"] if self.flagged else []
         out += [f"  dropped: {n} {why}" for why, n in self.dropped.most_common()]
         if self.agrees + self.disagrees:
@@ -92,13 +99,14 @@ def import_pairs(config: ImportConfig, rank: int = 0, world: int = 1) -> Importe
     """The whole of ``diffalign import``: the shards of this process.
 
     Raises:
-        DataError: the source cannot be read, the folder holds another import, or the labels point the wrong way.
+        DataError: the source cannot be read, a prompt is evaluated on and that is refused, the folder holds another import,
+            or the labels point the wrong way.
     """
     from tqdm import tqdm
 
     out, layout = Path(config.output_dir), LAYOUTS["trl" if config.format == "folders" else config.format]
-    plan = config.model_dump(mode="json", exclude={"output_dir"})
-    stated = config.licence or licence(config.path, kind="dataset") or layout.licence
+    plan = config.plan()
+    stated = config.licence or licence(config.path, kind="dataset", fetch=True) or layout.licence
     work = Importer(config, layout, stated)
     total = Imported()
     seen = 0
@@ -144,10 +152,18 @@ def source_chunks(config: ImportConfig, layout: Layout, wanted: Any) -> Iterator
     if config.format == "folders":
         return in_chunks(_cut(folder_rows(path), config.limit), config.shard_size)
     files = find_files(path, layout.files)
+    if files[0].suffix == ".tfrecord" and config.pictures_from is None:
+        raise ConfigError(
+            f"pictures_from: {files[0].name} holds no prompts and no pictures, only names of Pick-a-Pic's",
+            hint="pictures_from=FOLDER with Pick-a-Pic's Parquet files, or a dataset folder imported from them",
+        )
     if layout.gather is None and config.limit is None:
         named = skip if files[0].suffix == ".parquet" and not _paths(files[0], skip) else ()
         return chunks(files, [*layout.columns, *layout.pictures] if layout.columns else [], named, config.shard_size, wanted)
-    everything = (row for _, rows in chunks(files, (), (), 4096, lambda n: True) for row in rows or ())
+    every = chunks(files, (), (), 4096, lambda n: True)
+    everything: Iterator[dict[str, Any]] = (row for _, some in every for row in some or ())
+    if config.pictures_from is not None:
+        everything = joined(everything, Path(config.pictures_from).expanduser())
     rows = gathered(everything, layout.gather) if layout.gather else everything
     return in_chunks(_cut(rows, config.limit), config.shard_size)
 
@@ -174,6 +190,8 @@ def _hub(config: ImportConfig, layout: Layout, skip: Sequence[str]) -> Iterator[
         stream = load_dataset(config.path, split=config.split, streaming=True)
         there = stream.column_names or []
         kept = [c for c in there if (not layout.columns or c in (*layout.columns, *layout.pictures)) and c not in skip]
+        if len(kept) < len(there) and stream.info.builder_name == "parquet":  # select_columns drops what was fetched already
+            return load_dataset(config.path, split=config.split, streaming=True, columns=kept)
         return stream.select_columns(kept) if there else stream
 
     return undecoded(opened, config.path)
@@ -193,30 +211,46 @@ class Importer:
     def __init__(self, config: ImportConfig, layout: Layout, stated: str | None) -> None:
         self.config, self.layout, self.licence = config, layout, stated
         path = Path(config.path).expanduser()
-        self.folder = str(path.parent if path.is_file() else path) if path.exists() else "."
+        self.folder = str(path.parent if path.is_file() else path) if path.exists() else None
         self.gate = Gate(config.safety) if config.safety is not None else None
+        self.barrier = Barrier(config)
 
     def write(self, out: Path, shard: int, rows: Sequence[dict[str, Any]]) -> None:
         """Images, then scores of the gate, then pairs: a shard is finished when its pairs are there."""
-        notes: dict[str, Any] = dict.fromkeys(("ties", "flagged", "agrees", "disagrees"), 0) | {"rows": len(rows)}
+        notes: dict[str, Any] = dict.fromkeys(("ties", "flagged", "agrees", "disagrees"), 0)
+        notes |= {"rows": sum(len(r["rows"]) if self.layout.gather else 1 for r in rows)}
         dropped: Counter[str] = Counter()
         images: dict[str, Taken | str] = {}
         found: list[tuple[Comparison, str, str]] = []
-        for one in (c for row in rows for c in self.layout.read(row)):
-            if isinstance(one, str):
-                dropped[one] += 1
+        rated: dict[str, Rated] = {}
+        read = [c for row in rows for c in self.layout.read(row)]
+        dropped.update(c for c in read if isinstance(c, str))
+        said = [c for c in read if not isinstance(c, str)]
+        barred = self.barrier.left_out([self._asked(c) for c in said], f"{self.config.path}, shard {shard}")
+        for one, bad in zip(said, barred, strict=True):
+            if bad:
+                dropped["a prompt that is evaluated on"] += 1
+                continue
+            if isinstance(one, Rated):
+                key = self._take(one.side, one.prompt, images)
+                if isinstance(taken_as := images[key], str):
+                    dropped[taken_as] += 1
+                else:
+                    rated[key] = one
                 continue
             if one.p_win == 0.5 and self.config.ties == "drop":
                 dropped["a tie"] += 1
                 continue
-            a, b = (self._take(side, one, images) for side in (one.chosen, one.rejected))
-            if bad := next((str(t) for t in (images[a], images[b]) if isinstance(t, str)), None):
-                dropped[bad] += 1
+            captions = (one.prompt, one.prompt if one.rejected_prompt is None else one.rejected_prompt)
+            sides = zip((one.chosen, one.rejected), captions, strict=True)
+            a, b = (self._take(side, text, images, one.category) for side, text in sides)
+            if why := next((str(t) for t in (images[a], images[b]) if isinstance(t, str)), None):
+                dropped[why] += 1
             elif a == b:
                 dropped["the same picture twice"] += 1
             else:
                 found.append((one, a, b))
-        unsafe, scores = self._judged(images, [k for _, a, b in found for k in (a, b)])
+        unsafe, scores = self._judged(images, [*rated, *(k for _, a, b in found for k in (a, b))])
         notes["flagged"] = len(unsafe) if self.config.safety and self.config.safety.action == "flag" else 0
         pairs: list[dict[str, Any]] = []
         for one, chosen, rejected in found:
@@ -227,21 +261,31 @@ class Importer:
             notes["ties"] += one.p_win == 0.5
             if one.second is not None:
                 notes["agrees" if one.second else "disagrees"] += 1
-        kept = dict.fromkeys(r[s] for r in pairs for s in ("chosen_id", "rejected_id"))
+        for key in [k for k in rated if not notes["flagged"] and k in unsafe]:
+            del rated[key]
+            dropped["below the safety floor"] += 1
         taken = {t.row["image_id"]: t.row for t in images.values() if isinstance(t, Taken)}
+        kept = dict.fromkeys([*map(clean, rated), *(r[s] for r in pairs for s in ("chosen_id", "rejected_id"))])
         write_shard(out, "images", shard, [taken[k] for k in kept])
-        if scores:
-            write_shard(out, "scores", shard, scores)
-        notes |= {"pairs": len(pairs), "images": len(kept), "dropped": dropped}
+        ratings = [row for k, one in rated.items() for row in _score_rows(taken[clean(k)], one)]
+        if scores or ratings:
+            write_shard(out, "scores", shard, [*scores, *ratings])
+        if marks := [row for k, one in rated.items() for row in _annotation_rows(taken[clean(k)], one)]:
+            write_shard(out, "annotations", shard, marks)
+        notes |= {"pairs": len(pairs), "images": len(kept), "rated": len(rated), "dropped": dropped}
         write_shard(out, "pairs", shard, pairs, notes)
 
-    def _take(self, side: Side, one: Comparison, images: dict[str, Taken | str]) -> str:
+    def _asked(self, one: Comparison | Rated) -> str:
+        """The caption that decides whether it may become training data: the loser's own, if that one may not."""
+        other = one.rejected_prompt if isinstance(one, Comparison) else None
+        return other if other is not None and other in self.barrier else one.prompt
+
+    def _take(self, side: Side, prompt: str, images: dict[str, Taken | str], category: str | None = None) -> str:
         """The id of a picture, once it or the reason for its lack is in ``images``."""
         if side.id is not None and side.id in images:
             return side.id
-        prompt = one.prompt if side is one.chosen or one.rejected_prompt is None else one.rejected_prompt
         row: dict[str, Any] = {
-            "prompt": clean(prompt), "prompt_id": Prompt(clean(prompt)).id, "model": side.model, "category": one.category,
+            "prompt": clean(prompt), "prompt_id": Prompt(clean(prompt)).id, "model": side.model, "category": category,
             "licence": self.licence,
         }  # fmt: skip
         if not self.config.pictures:
@@ -249,7 +293,8 @@ class Importer:
             images[key] = Taken({**row, "image_id": clean(key)})
             return key
         try:
-            data = picture_bytes(side.image, self.folder, self.config.image_root)
+            there = side.image() if callable(side.image) else side.image
+            data = picture_bytes(there, self.folder, self.config.image_root)
             image = decode(data, "picture")
         except (DataError, OSError) as e:
             key = side.id or f"missing {len(images)}"
@@ -276,9 +321,31 @@ class Importer:
         return {
             "pair_id": name, "prompt_id": Prompt(clean(one.prompt)).id, "prompt": clean(one.prompt),
             "chosen_id": chosen, "rejected_id": rejected, "p_win": one.p_win, "margins": json.dumps(dict(one.margins)),
-            "rule": f"import:{self.config.format}", "user": one.user, "source": self.config.source or self.config.path,
+            "rule": f"import:{self.config.format}", "user": one.user, "group": one.group,
+            "source": self.config.source or self.config.path,
             "rejected_prompt": None if one.rejected_prompt is None else clean(one.rejected_prompt),
         }  # fmt: skip
+
+
+def _score_rows(image: dict[str, Any], one: Rated) -> list[dict[str, Any]]:
+    """Of the scores table, which knows a picture by its hash: none where pictures were not read."""
+    if image.get("sha256") is None:
+        return []
+    key = {"image_sha256": image["sha256"], "prompt_sha256": prompt_key(image["prompt"])}
+    return [{**key, "scorer": n, "version": "1", "preprocess_version": "1", "value": v} for n, v in one.scores.items()]
+
+
+def _annotation_rows(image: dict[str, Any], one: Rated) -> list[dict[str, Any]]:
+    """Heatmaps and words, by kind."""
+    if image.get("sha256") is None:
+        return []
+    key = {"image_sha256": image["sha256"], "prompt_sha256": prompt_key(image["prompt"])}
+    out = []
+    for kind in dict.fromkeys([*one.maps, *one.words]):
+        found = one.maps.get(kind)
+        about = {"image": None if found is None else {"bytes": found, "path": None}, "words": one.words.get(kind)}
+        out.append({**key, "kind": kind, **about})
+    return out
 
 
 def _reason(e: Exception) -> str:

@@ -30,7 +30,7 @@ def show_dataset(folder: Path, rows: int = 3) -> dict[str, Any]:
             tables[table] = {"rows": count, "shards": len(found), "bytes": sum(f.stat().st_size for f in found)}
     if not tables:
         raise DataError(f"{folder}: not a dataset folder", hint="it holds images/, pairs/ and manifest.json")
-    names = ("pair_id", "prompt", "chosen_id", "rejected_id", "p_win", "margins", "source")
+    names = ("pair_id", "prompt", "chosen_id", "rejected_id", "p_win", "margins", "source", "rejected_prompt")
     first = column(folder, "pairs", names).slice(0, rows).to_pylist() if "pairs" in tables else []
     plans = (read_manifest(folder) or {}).get("plans", {})
     return {"folder": str(folder), "tables": tables, "plans": plans, "pairs": first}
@@ -41,6 +41,7 @@ def show_lines(said: dict[str, Any]) -> list[str]:
     out = [f"{t}/: {s['rows']} rows in {s['shards']} shards, {s['bytes'] / 1e6:.1f} MB" for t, s in said["tables"].items()]
     for p in said["pairs"]:
         out += [f"{p['prompt']!r}", f"  {p['chosen_id']} > {p['rejected_id']}, p_win {p['p_win']}, {p['margins']}"]
+        out += [f"  the loser's caption: {p['rejected_prompt']!r}"] if p["rejected_prompt"] else []
     return out
 
 
@@ -158,7 +159,9 @@ def _of_pairs(folder: Path) -> Iterator[Finding]:
     for side in ("chosen_id", "rejected_id"):
         place[side] = pc.index_in(pairs[side], value_set=known.combine_chunks(), skip_nulls=True)
         yield found(f"pairs whose {side} is not in images/", pc.is_null(place[side]))
-    alone = pc.fill_null(pc.equal(pairs["chosen_id"], pairs["rejected_id"]), False)
+    same = pc.equal(pc.coalesce(pairs["rejected_prompt"], pairs["prompt"]), pairs["prompt"])
+    itself = pc.fill_null(pc.equal(pairs["chosen_id"], pairs["rejected_id"]), False)
+    alone = pc.and_(itself, pc.fill_null(same, True))
     yield found("pairs of a picture with itself", alone)
     p = pc.fill_null(pairs["p_win"], 1.0)
     yield found("pairs with p_win outside of 0.5 to 1", pc.invert(pc.and_(pc.greater_equal(p, 0.5), pc.less_equal(p, 1.0))))
@@ -176,7 +179,7 @@ def _of_pairs(folder: Path) -> Iterator[Finding]:
         pc.binary_join_element_wise(*(pc.fill_null(pairs[c], "") for c in (*sides, "prompt")), "\n")
         for sides in (("chosen_id", "rejected_id"), ("rejected_id", "chosen_id"))
     )
-    opposed = pc.and_(pc.and_not(pc.is_in(forth, value_set=back.combine_chunks()), alone), pc.greater(p, 0.5))
+    opposed = pc.and_(pc.and_not(pc.is_in(forth, value_set=back.combine_chunks()), itself), pc.greater(p, 0.5))
     yield found("pairs that another contradicts", opposed, wrong=False)
     names, codes = coded(known)
     _, hashes = coded(images["sha256"])

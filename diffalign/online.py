@@ -14,6 +14,7 @@ from diffalign.evaluation import prompts_of
 from diffalign.rollout import check
 from diffalign.rules import ODE
 from diffalign.scoring import make_scorers
+from diffalign.timesteps import Uniform
 from diffalign.train.online import OnlineFeed
 from diffalign.train.references import Periodic
 from diffalign.train.rewards import Rewards
@@ -45,6 +46,10 @@ def consistent(c: TrainConfig) -> None:
             "caption_dropout, balance_kinds, coupling.captions: own, and stored, inverted or replayed noise are about stored "
             "examples: drop them"
         )
+    if c.train.gradient_accumulation_steps > 1:
+        raise ValueError(
+            "online.updates says how many optimizer steps a rollout makes: drop train.gradient_accumulation_steps"
+        )
     if isinstance(c.reference, Periodic) and c.reference.max_drift is not None:
         raise ValueError("reference.max_drift is measured on stored winners, which online has none of: drop it")
     if c.train.metric_for_best.startswith("heldout/") and (c.train.early_stopping_patience or c.train.load_best):
@@ -63,8 +68,8 @@ def consistent(c: TrainConfig) -> None:
                 f"online.rollout.batch_size {online.rollout.batch_size} must be a multiple of "
                 f"train.per_device_train_batch_size {c.train.per_device_train_batch_size}: steps are replayed in its parts"
             )
-        if online.repeats > 1:
-            raise ValueError(f"online.repeats re-noises images, but {names} learns from the steps themselves: drop it")
+        if online.repeats > 1 or c.timesteps != Uniform():
+            raise ValueError(f"repeats and timesteps re-noise images, but {names} learns from the steps themselves: drop them")
 
 
 def online_feed(

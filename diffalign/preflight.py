@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -22,7 +23,9 @@ class Preflight:
     """What one rollout and its replay say before anything is trained; a value per step of the schedule, the noisiest first."""
 
     ratio_error: float
-    """Largest |ratio - 1| of the policy to itself, over images and trained steps. A clip range below it gates on rounding."""
+    """Largest |ratio - 1| of the policy to itself, over images and trained steps; infinite if one is not a number. A clip
+    range below it gates on rounding.
+    """
     trained: tuple[int, ...]
     """Indices of the steps that this rollout trains on."""
     std: tuple[float, ...]
@@ -60,6 +63,7 @@ def preflight(
     begin = time.perf_counter()
     with autocast():
         made = rollout(model, items, settings, seed, 0, cond, negative)
+    made.x0.sum().item()  # waits for the device
     rolled, error = time.perf_counter(), 0.0
     for first in range(0, len(made), micro_batch):
         rows = slice(first, first + micro_batch)
@@ -68,7 +72,7 @@ def preflight(
             with autocast():
                 mean = replay(model, some, slot, cond[rows], settings, None if negative is None else negative[rows])
             ratio = log_ratio(mean.detach(), some.mean[:, slot], some.x_next[:, slot], some.std[:, slot])
-            error = max(error, torch.expm1(ratio.double()).abs().max().item())
+            error = max(error, torch.expm1(ratio.double()).abs().nan_to_num(nan=math.inf).max().item())
     replayed = time.perf_counter()
     grid = model.grid(settings.num_inference_steps)[1]
     c, c_next = grid[:-1], grid[1:]

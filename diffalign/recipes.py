@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +23,14 @@ from diffalign.models import LoRA, Model, ModelSpec, Phase
 from diffalign.objectives import OBJECTIVES, Objective, Total, metrics_of
 from diffalign.online import check_ratio, online_feed
 from diffalign.online import consistent as online_consistent
+from diffalign.round_pairs import Judged
+from diffalign.rounds import Rounds, contradictions, run_rounds
 from diffalign.scoring import make_scorers
 from diffalign.spec import Spec, dump, load
 from diffalign.timesteps import TIMESTEPS, TimestepPolicy, Uniform
 from diffalign.train.coupling import Coupling
 from diffalign.train.online import Online, OnlineFeed
-from diffalign.train.references import MOVING, REFERENCES, Base, ReferencePolicy
+from diffalign.train.references import MOVING, OF_RUN, REFERENCES, Base, OfRun, ReferencePolicy
 from diffalign.train.state import TrainSettings, TrainState, checkpoints, make_optimizer
 from diffalign.training_data import DataSpec, consistent, offline_feeds
 
@@ -58,7 +60,11 @@ class TrainConfig(Spec):
     online: Online | None = None
     """Learn from the model's own samples, scored as they come, instead of from ``data``."""
     train: TrainSettings = TrainSettings()
+    rounds: Rounds | None = None
+    """Training again and again on images that the model samples in between."""
     evaluate: EvaluateSpec = EvaluateSpec()
+    start_from: str | None = None
+    """A finished run of the same model and layers, whose weights training begins with; the base stays what it is."""
     output_dir: str
     resume_from: str | None = None
     """``latest`` (there must be a checkpoint), ``auto`` (go on if there is one) or a checkpoint folder."""
@@ -76,6 +82,8 @@ class TrainConfig(Spec):
             raise ValueError("train.load_best needs train.eval_steps above 0")
         if s.metric_for_best == "select/score" and not self.evaluate.prompts.startswith("shapes:"):
             raise ValueError("train.metric_for_best: select/score needs evaluate.prompts of the built-in world (shapes:...)")
+        if self.rounds is not None:
+            contradictions(self)
         return self
 
     @property
@@ -98,8 +106,12 @@ def licences(config: TrainConfig) -> list[dict[str, str | None]]:
         with suppress(DataError):  # no dataset folder, or one without the column
             stated = set(read_table(Path(data), "images", ["licence"])["licence"].to_pylist())
     of_images = ", ".join(sorted(x or "unknown for some images" for x in stated)) if stated - {None} else None
-    found.append(("pairs", data, of_images or licence(data, kind="dataset")))
-    for name in config.evaluate.scorers if config.evaluate.enabled else ():
+    if config.rounds is None or config.rounds.uses_data:
+        found.append(("pairs", data, of_images or licence(data, kind="dataset")))
+    scorers = list(config.evaluate.scorers) if config.evaluate.enabled else []
+    if config.rounds is not None and isinstance(config.rounds.source, Judged):
+        scorers += config.rounds.source.scorers
+    for name in dict.fromkeys(scorers):
         kind, _, rest = name.partition(":")
         found.append(("scorer", name, LICENCE if kind in ("shapes", "taste") else licence(rest) if kind == "clip" else None))
     return [{"part": part, "name": name, "licence": stated_licence} for part, name, stated_licence in found]
@@ -140,16 +152,34 @@ def resume_point(config: TrainConfig) -> Path | None:
     return None
 
 
-def train(config: TrainConfig, pairs: Rows | None = None) -> Run:
-    """The whole of ``diffalign train``: fit, export, evaluate. Every process of a launch calls it.
+def train(config: TrainConfig, pairs: Rows | None = None, finished: Callable[[Path], object] = lambda folder: None) -> Run:
+    """The whole of ``diffalign train``: one run, or rounds of them. Every process of a launch calls it.
 
-    ``pairs`` in memory, or single images with labels, stand in for those at ``config.data.path``.
+    ``pairs`` in memory, or single images with labels, stand in for those at ``config.data.path``; ``finished`` hears of each
+    round's folder.
     """
+    import torch
+
+    if config.rounds is None:
+        run = train_once(config, pairs)
+    elif pairs is not None:
+        raise ConfigError("rounds: pairs cannot be given as rows in memory", hint="give a table or a dataset folder")
+    else:
+        about_run = environment() | {"licences": licences(config)}
+        run = Run(Path(config.output_dir), run_rounds(config, about_run, train_once, finished))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return run
+
+
+def train_once(config: TrainConfig, pairs: Rows | None = None) -> Run:
+    """Fit, export, evaluate."""
     import torch
     from accelerate.utils import set_seed
 
     from diffalign.train.evaluate import evaluate, heldout_pairs
     from diffalign.train.feeds import Feed, Offline
+    from diffalign.train.groups import learner
     from diffalign.train.loop import fit
     from diffalign.train.tracking import Tracker
 
@@ -161,7 +191,9 @@ def train(config: TrainConfig, pairs: Rows | None = None) -> Run:
     resolved = dump(config)
     set_seed(s.seed)
     make_optimizer([torch.nn.Parameter(torch.zeros(1))], s)  # if it cannot be had, say so now
-    model = build_model(config.model).stage("pictures", accelerator.device)
+    model = build_model(config.model)
+    read_runs(model, config)
+    model.stage("pictures", accelerator.device)
     scorers = make_scorers(config.evaluate.scorers)
     # what is wrong with the evaluation shows before the training, not after it
     asked = asked_of(config.evaluate, model) if config.evaluate.enabled else []
@@ -216,7 +248,8 @@ def train(config: TrainConfig, pairs: Rows | None = None) -> Run:
         gone = metrics_of(terms)["drift/winner"]
         return gone[gone.isfinite()].mean().abs().item()
 
-    fit(state, feed, objective, tracker, heldout, lambda: state.save(folder, resolved), drift)
+    learned = learner(objective, feed.examples if isinstance(feed, Offline) else (), config.data.groups)
+    fit(state, feed, learned, tracker, heldout, lambda: state.save(folder, resolved), drift)
     metrics: dict[str, Any] = {"steps": state.step, "denoiser_passes": state.cost, "train_seconds": round(state.seconds, 1)}
     if cut:
         metrics["truncated_prompts"] = cut
@@ -230,9 +263,17 @@ def train(config: TrainConfig, pairs: Rows | None = None) -> Run:
                 metrics |= measure(model, config.evaluate, scorers, folder)
         write_json(folder / "metrics.json", metrics)
     accelerator.wait_for_everyone()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
     return Run(folder, metrics)
+
+
+def read_runs(model: Model, config: TrainConfig) -> None:
+    """The weights that finished runs left: those to compare with, and those to begin with."""
+    if isinstance(config.reference, OfRun):
+        model.named_weights.take(OF_RUN)
+        with model.weights(OF_RUN):
+            model.restore(Path(config.reference.path))
+    if config.start_from is not None:
+        model.restore(Path(config.start_from))
 
 
 @contextmanager

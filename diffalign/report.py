@@ -17,6 +17,8 @@ from diffalign.models.lora import KOHYA_FILE
 from diffalign.scoring import ShapesScorer
 from diffalign.train.tracking import read_metrics
 
+Series = dict[str, list[tuple[float, float]]]
+"""Points of lines by their label."""
 CURVES: list[tuple[str, str, dict[str, str]]] = [
     ("Loss", "loss", {"loss": "training", "heldout/loss": "held-out"}),
     ("Implicit accuracy", "share of pairs", {"accuracy": "training", "heldout/accuracy": "held-out"}),
@@ -42,6 +44,7 @@ def write_report(folder: Path) -> Path:
     more = {
         "matrix": _win_matrix(folder),
         "curves": [c for c in (_curve(folder, *spec) for spec in CURVES) if c],
+        "round_curves": _round_curves(_context(folder)["rounds"]),
         "samples": _samples(folder),
     }
     return _render("report.html.j2", folder / "report.html", _context(folder) | more)
@@ -79,6 +82,7 @@ def _context(folder: Path) -> dict[str, Any]:
         "name": folder.resolve().name,
         "metrics": metrics,
         "rows": _table(metrics),
+        "rounds": metrics.get("rounds", []),
         "config": config,
         "on_hub": is_hub_id(config["model"]["path"]),
         "peft": (folder / "adapter_config.json").is_file(),
@@ -154,15 +158,36 @@ def _samples(folder: Path, limit: int = 24) -> list[dict[str, Any]]:
 
 
 def _curve(folder: Path, title: str, unit: str, names: dict[str, str]) -> str | None:
-    """One chart as inline SVG; None where nothing was logged."""
+    """One chart of what was logged; None where nothing was."""
     lines = read_metrics(folder)
     series = {label: [(x["step"], x[key]) for x in lines if key in x] for key, label in names.items()}
-    series = {k: v for k, v in series.items() if v}
+    return _chart(title, unit, {k: v for k, v in series.items() if v}, "step")
+
+
+def _round_curves(rows: list[dict[str, Any]]) -> list[str]:
+    """What was measured after each round, 0 before the first, and what the images were worth that each was trained on."""
+    if not rows:
+        return []
+    measured: Series = {}
+    for name in ("exact", "score"):
+        if name in rows[-1]:
+            measured[name] = [(0, rows[0][f"base_{name}"]), *((r["round"], r[name]) for r in rows)]
+    worth: Series = {"reward": [(r["sampled_by"], r["reward"]) for r in rows if r["reward"] is not None]}
+    charts = (
+        ("Measured after each round", "mean", measured),
+        ("Reward of what was sampled", "mean", {k: v for k, v in worth.items() if v}),
+    )
+    return [c for c in (_chart(title, unit, series, "rounds") for title, unit, series in charts) if c]
+
+
+def _chart(title: str, unit: str, series: Series, along: str) -> str | None:
+    """Inline SVG; None where there is nothing to draw."""
     if not series:
         return None
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     with mpl.rc_context({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "diffalign", "font.family": "sans-serif"}):
         figure = Figure(figsize=(4.6, 2.7), layout="constrained")
@@ -175,7 +200,9 @@ def _curve(folder: Path, title: str, unit: str, names: dict[str, str]) -> str | 
                 steps, values, label=label, lw=1.5, ls="--" if dashed else "-", marker="o" if len(points) < 8 else None, ms=3
             )
         axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
-        axes.set_xlabel("step")
+        axes.set_xlabel(along)
+        if along == "rounds":
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel(unit)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -24,8 +24,8 @@ class Sampler(Spec):
     """How images are sampled; the solver is the model's own stock scheduler."""
 
     num_inference_steps: int = Field(default=20, ge=1, le=1000)
-    guidance_scale: float = Field(default=1.0, ge=1.0)
-    """1 samples the conditional model itself; above 1, classifier-free guidance."""
+    guidance_scale: float = Field(default=1.0, ge=0.0)
+    """1 samples the conditional model itself; above 1, classifier-free guidance; 0 does not look at the prompt."""
     batch_size: int = Field(default=64, ge=1)
 
 
@@ -145,10 +145,17 @@ def generate(
 ) -> Tensor:
     """Images of every prompt, (P, K, 3, H, W) uint8; ``on_batch`` hears how many were just made."""
     items = [Item(p, k) for p in prompts for k in range(per_prompt)]
+    out = sample_items(model, items, settings, seed, on_batch)
+    return out.view(len(prompts), per_prompt, *out.shape[1:])
+
+
+def sample_items(
+    model: Model, items: Sequence[Item], settings: Sampler, seed: int, on_batch: Callable[[int], object] = lambda n: None
+) -> Tensor:
+    """Images of any items, (N, 3, H, W) uint8, in batches of the settings' size."""
     parts = []
     for start in range(0, len(items), settings.batch_size):
         batch = items[start : start + settings.batch_size]
         parts.append(sample(model, batch, settings, seed))
         on_batch(len(batch))
-    out = torch.cat(parts)
-    return out.view(len(prompts), per_prompt, *out.shape[1:])
+    return torch.cat(parts)

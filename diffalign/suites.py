@@ -22,7 +22,11 @@ def open_suite(spec: str) -> Suite:
         DataError: no such suite, or none at that path.
     """
     name, _, path = spec.partition(":")
-    if name not in SUITES or not path:
+    if name in SUITES and not path:
+        raise DataError(
+            f"the prompts of {name} are not shipped", hint=f"write {name}:PATH, with the file or folder that is published"
+        )
+    if name not in SUITES:
         raise DataError(f"{spec!r} is no suite", hint=f"write NAME:PATH with one of {', '.join(SUITES)}")
     return read_suite(name, resolve_data(path, SUITES[name].files))
 
@@ -111,5 +115,5 @@ def suite_prompts(spec: str) -> list[str]:
 
 
 def is_suite(source: str | Path) -> bool:
-    """Whether a source of prompts is written NAME:PATH."""
-    return str(source).partition(":")[0] in SUITES and ":" in str(source)
+    """Whether a source of prompts begins with the name of a suite, as NAME:PATH does."""
+    return str(source).partition(":")[0] in SUITES

@@ -9,8 +9,10 @@ from pydantic import Field
 
 from diffalign.errors import ConfigError, DataError
 from diffalign.hub import cache_dir, resolve
+from diffalign.profiles import Profiles, with_profiles, without_some
 from diffalign.spec import Spec
 from diffalign.train.feeds import Curriculum
+from diffalign.train.groups import Groups, names_of
 from diffalign.train.references import Base
 
 if TYPE_CHECKING:
@@ -25,6 +27,15 @@ if TYPE_CHECKING:
     """What is given in memory instead of a path: pairs, or single images with labels."""
 
 
+class Labels(Spec):
+    """The ``data.labels`` section: single images of a scored dataset folder, good or bad."""
+
+    score: str
+    """A name in the scores table."""
+    at: float
+    """Images of this value or more are good."""
+
+
 class DataSpec(Spec):
     """The ``data`` section."""
 
@@ -34,6 +45,8 @@ class DataSpec(Spec):
     """Use only the first pairs."""
     holdout: float = Field(default=0.1, ge=0, lt=1)
     """Share of prompts kept out of training, for held-out loss and accuracy."""
+    holdout_by: Literal["prompt", "user"] = "prompt"
+    """Keep whole prompts out, or whole users: the second asks how a personal model does on people it never saw."""
     resolution: int | None = Field(default=None, ge=8)
     """Side in pixels; the model's own if not given."""
     buckets: bool = False
@@ -60,6 +73,12 @@ class DataSpec(Spec):
     """Of labels: weigh them so that good images carry this share."""
     group_size: int = Field(default=4, ge=2)
     """Images per group, for losses on groups."""
+    labels: Labels | None = None
+    """Take labels from a score, instead of from pairs."""
+    groups: Groups | None = None
+    """Tell pairs apart by whom they come from: balanced, or with more weight on whoever fares worst."""
+    profiles: Profiles | None = None
+    """Put words about each pair's user in front of its prompt."""
 
 
 def consistent(c: TrainConfig) -> None:
@@ -77,6 +96,9 @@ def consistent(c: TrainConfig) -> None:
         "train.gradient_angle_steps": c.train.gradient_angle_steps > 0,
         "data.maps": data.maps is not None,
         "coupling.captions: own": c.coupling.captions == "own",
+        "data.groups": data.groups is not None,
+        "data.profiles": data.profiles is not None,
+        "data.holdout_by: user": data.holdout_by == "user",
     }
     wrong = [key for key, is_set in pairs_only.items() if is_set and total.data != "pairs"]
     if wrong:
@@ -94,14 +116,20 @@ def consistent(c: TrainConfig) -> None:
         raise ValueError(f"data.maps: {data.maps} adds and subtracts errors, but {names} has no reference: take region")
     if c.train.balance_kinds is not None and "loser" not in total.needs:
         raise ValueError(f"train.balance_kinds is about pairs, but {names} reads winners alone: drop it")
-    if data.positive_share is not None and total.data != "labels":
-        raise ValueError(f"data.positive_share is about labels, but {names} is about {total.data}: drop it")
+    for key, value in (("positive_share", data.positive_share), ("labels", data.labels)):
+        if value is not None and total.data != "labels":
+            raise ValueError(f"data.{key} is about labels, but {names} is about {total.data}: drop it")
     if not isinstance(c.reference, Base) and "reference" not in total.needs:
         raise ValueError(f"reference is set, but {names} does without one: drop it")
     if c.train.protect_winner is not None and noise not in (None, "shared"):
         raise ValueError(f"train.protect_winner compares residuals at the same noise, but coupling.noise is {noise}: drop one")
     if data.curriculum is not None and data.buckets:
         raise ValueError("data.curriculum orders pairs, and so does data.buckets: drop one")
+    orders = "curriculum" if data.curriculum is not None else "buckets" if data.buckets else None
+    if data.groups is not None and data.groups.balanced and orders:
+        raise ValueError(f"data.groups.balanced orders pairs, and so does data.{orders}: drop one")
+    if c.train.metric_for_best.startswith("heldout/worst_group") and data.groups is None:
+        raise ValueError(f"train.metric_for_best is {c.train.metric_for_best}, which needs data.groups")
     if data.shuffle_labels and data.flip_labels:
         raise ValueError("data.shuffle_labels and data.flip_labels both exchange labels: drop one")
 
@@ -115,14 +143,18 @@ def source_of(spec: DataSpec) -> str:
 
 def build_pairs(spec: DataSpec, seed: int, given: Sequence[Pair] | None = None) -> tuple[list[Pair], list[Pair]]:
     """(training pairs, held-out pairs), of ``given`` ones or of those at ``spec.path``."""
-    from diffalign.data.pairs import flipped, read_pairs, shuffled_labels, split_by_prompt
+    from diffalign.data.pairs import flipped, read_pairs, shuffled_labels, split_by
 
     pairs = read_pairs(source_of(spec), spec.limit) if given is None else list(given)[: spec.limit]
+    if spec.profiles is not None:
+        pairs = with_profiles(pairs, spec.profiles)
     if spec.maps is not None and spec.maps.startswith("judged_"):
         pairs = judged(pairs)
-    training, held = split_by_prompt(pairs, spec.holdout)
+    keys = [p.prompt for p in pairs] if spec.holdout_by == "prompt" else named(pairs, "user", "data.holdout_by", spec.path)
+    training, held = split_by(pairs, keys, spec.holdout)
     if not training:
         raise DataError(f"{spec.path}: no pair is left for training", hint="lower data.holdout or raise data.limit")
+    training = without_some(training, spec.profiles.dropout, seed) if spec.profiles is not None else training
     share = 0.5 if spec.shuffle_labels else spec.flip_labels
     training = shuffled_labels(training, seed, share) if share else training
     return tuple([flipped(p) if spec.swap_labels else p for p in some] for some in (training, held))  # type: ignore[return-value]
@@ -149,7 +181,7 @@ def build_examples(config: TrainConfig, given: Rows | None = None) -> tuple[list
     Raises:
         DataError: the data lacks what the objective reads; names the column.
     """
-    from diffalign.data.examples import balanced, labels_of, of_pair, read_groups, read_labels
+    from diffalign.data.examples import balanced, labels_of, read_groups, read_labels, read_rated
     from diffalign.data.pairs import Pair, split_by_prompt
 
     spec, total = config.data, config.total
@@ -160,9 +192,14 @@ def build_examples(config: TrainConfig, given: Rows | None = None) -> tuple[list
             training, held = split_by_prompt([x for x in found if x.good], spec.holdout)
         case "pairs":
             rows = None if given is None else [p for p in given if isinstance(p, Pair)]
-            training, held = ([of_pair(p) for p in some] for some in build_pairs(spec, config.train.seed, rows))
+            training, held = (_of_pairs(some, spec) for some in build_pairs(spec, config.train.seed, rows))
         case "labels":
-            found = labels_of(given) if given is not None else read_labels(source, spec.limit)
+            if given is not None:
+                found = labels_of(given)
+            elif spec.labels is not None:
+                found = read_rated(source, spec.labels.score, spec.labels.at, spec.limit)
+            else:
+                found = read_labels(source, spec.limit)
             training, held = split_by_prompt(found, spec.holdout)
         case "groups":
             if given is not None:
@@ -170,6 +207,8 @@ def build_examples(config: TrainConfig, given: Rows | None = None) -> tuple[list
             training, held = split_by_prompt(read_groups(source, spec.group_size, spec.limit), spec.holdout)
     if not training:
         raise DataError(f"{spec.path}: no example is left for training", hint="lower data.holdout or raise data.limit")
+    if spec.groups is not None and len(names := names_of(training)) < 2:
+        raise DataError(f"{spec.path}: all training pairs have the {spec.groups.by} {names[0]!r}", hint="drop data.groups")
     reads_scores = "scores" in total.needs or spec.standardize_scores or spec.p_win_scale or spec.curriculum
     if reads_scores and any(x.scores is None for x in (*training, *held)):
         raise DataError(
@@ -184,6 +223,32 @@ def build_examples(config: TrainConfig, given: Rows | None = None) -> tuple[list
         raise DataError(f"{spec.path}: all pairs are of one kind", hint="fill the column kind with 0 and 1")
     training, held = scored(training, training, spec), scored(held, training, spec)
     return (balanced(training, spec.positive_share) if spec.positive_share else training), held
+
+
+def _of_pairs(pairs: Sequence[Pair], spec: DataSpec) -> list[Example]:
+    from dataclasses import replace
+
+    from diffalign.data.examples import of_pair
+
+    if spec.groups is None:
+        return [of_pair(p) for p in pairs]
+    names = named(pairs, spec.groups.by, "data.groups.by", spec.path)
+    return [replace(of_pair(p), group=name) for p, name in zip(pairs, names, strict=True)]
+
+
+def named(pairs: Sequence[Pair], column: str, key: str, where: str) -> list[str]:
+    """What a column says of each pair.
+
+    Raises:
+        DataError: it says nothing of some.
+    """
+    names = [getattr(p, column) for p in pairs]
+    if missing := sum(not n for n in names):
+        raise DataError(
+            f"{where}: {missing} of {len(pairs)} pairs have no {column}, which {key} asks for",
+            hint=f"give pairs a column {column}, or drop {key.rpartition('.')[0] if key.endswith('.by') else key}",
+        )
+    return names
 
 
 def scored(examples: Sequence[Example], of: Sequence[Example], spec: DataSpec) -> list[Example]:
@@ -235,5 +300,6 @@ def offline_feeds(
             world=accelerator.num_processes,
             caption_dropout=s.caption_dropout,
             curriculum=spec.curriculum,
+            balanced=spec.groups is not None and spec.groups.balanced,
         )
         return feed, feed_of(held) if held else None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hypothesis
 import numpy as np
 import pytest
+from fake_endpoint import Fake
 from PIL import Image
 
 hypothesis.settings.register_profile("diffalign", deadline=None, max_examples=25, derandomize=True)
@@ -26,6 +28,13 @@ def _one_thread_each(tmp_path_factory: pytest.TempPathFactory) -> None:
 
     torch.set_num_threads(1)
     os.environ["DIFFALIGN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+SMALL_ROUNDS = [
+    "rounds.num_prompts=4", "rounds.sampling.num_inference_steps=1", "rounds.source.images_per_prompt=2",
+    "rounds.source.rule.min_margin=0", "data.holdout=0",
+]  # fmt: skip
+"""What makes rounds of scored pairs small, and lets an untrained model's images make pairs."""
 
 
 def build_tiny(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
@@ -174,3 +183,11 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "a login")
     return hub
+
+
+@pytest.fixture
+def fake() -> Iterator[Fake]:
+    with Fake() as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield server
+        server.shutdown()

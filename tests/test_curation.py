@@ -23,7 +23,7 @@ from diffalign.data.pairs import read_pairs
 from diffalign.data.prompts import normalised
 from diffalign.data.tables import read_table, shards_of, write_shard
 from diffalign.errors import ConfigError, DataError
-from diffalign.evaluation import shapes_captions
+from diffalign.excluding import shapes_captions
 from diffalign.inspection import agreement, show_dataset, stats_of, validate_dataset
 from diffalign.profiles import write_profiles
 from diffalign.shapes.scene import sample_prompts
@@ -189,17 +189,23 @@ def test_users_can_be_kept_apart_and_pictures_left_out(folder: Path, tmp_path: P
 
 
 @settings(max_examples=20)
-@given(edges=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12))
-def test_no_split_leaks_whatever_the_images_link(
-    edges: list[tuple[int, int, int]], tmp_path_factory: pytest.TempPathFactory
+@given(
+    edges=st.lists(st.tuples(*[st.integers(0, 9)] * 3, st.none() | st.integers(0, 12)), min_size=1, max_size=12),
+)
+def test_no_split_leaks_whatever_images_and_captions_link(
+    edges: list[tuple[int, int, int, int | None]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     tmp_path = tmp_path_factory.mktemp("s")
-    pairs = [pair(f"i{a}", f"i{b}", f"prompt {p}") for a, b, p in edges]
+    own = {n: None if n is None else f"Prompt {n}!" for *_, n in edges}
+    pairs = [pair(f"i{a}", f"i{b}", f"prompt {p}", rejected_prompt=own[n]) for a, b, p, n in edges]
     make(tmp_path / "d", [{"image_id": f"i{i}"} for i in range(10)], pairs, 5)
     split_dataset(tmp_path / "d", tmp_path / "out", {"a": 0.5, "b": 0.5}, pictures=False)
     both = [rows(tmp_path / "out" / n) for n in ("a", "b")]
     assert len(both[0]) + len(both[1]) == len(edges)
-    for key in (lambda r: {r["prompt"]}, lambda r: {r["chosen_id"], r["rejected_id"]}):
+    for key in (
+        lambda r: {normalised(c) for c in (r["prompt"], r["rejected_prompt"]) if c},
+        lambda r: {r["chosen_id"], r["rejected_id"]},
+    ):
         seen = [set().union(*(key(r) for r in side)) for side in both]
         assert not seen[0] & seen[1]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from conftest import FakeHub, picture
+from conftest import SMALL_ROUNDS, FakeHub, picture
 
 from diffalign.cells import ScoreConfig, score
 from diffalign.cli import main
@@ -113,6 +113,7 @@ def test_command(
     given = {w.partition("=")[0] for w in words}
     if words[0] == "train":
         words += [o for o in overrides if o.partition("=")[0] not in given]
+        words += SMALL_ROUNDS if "rounds" in words[1] else []
     if words[0] == "estimate":
         words += [f"model.path={tiny}"]
     if words[0] == "generate":
@@ -195,6 +196,11 @@ def test_the_flow_world_draws_in_the_stock_pipeline(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "world.md", "exec"), {})
     assert (tmp_path / "flow.png").stat().st_size > 0
+
+
+def test_the_documented_rollout_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile("\n".join(blocks("rollouts.md")), "rollouts.md", "exec"), {})
+    assert capsys.readouterr().out
 
 
 def test_the_documented_diff_is_a_real_objective(tmp_path: Path) -> None:

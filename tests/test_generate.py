@@ -100,12 +100,17 @@ def test_a_gallery_makes_the_same_prompts_and_seeds(tiny: Path, prompts: Path, t
 
 
 def test_evaluation_prompts_are_left_out_however_they_are_written(tiny: Path, prompts: Path, tmp_path: Path) -> None:
-    (tmp_path / "bench.txt").write_text("A Red  circle, on a grey background.\n")
-    done = run(tiny, prompts, tmp_path / "out", exclude=[str(tmp_path / "bench.txt")])
+    bench = str(tmp_path / "bench.txt")
+    Path(bench).write_text("A Red  circle, on a grey background.\n")
+    with pytest.raises(DataError, match=r"1 of 3 prompts are evaluated on .*first 'a red circle .*=drop"):
+        run(tiny, prompts, tmp_path / "out", exclude=[bench])
+    assert not (tmp_path / "out").exists()
+    done = run(tiny, prompts, tmp_path / "out", exclude=[bench], evaluation_prompts="drop")
     assert done.excluded == 1
     assert {r["prompt"] for r in rows(tmp_path / "out")} == set(PROMPTS[1:])
     with pytest.raises(ConfigError, match="none of the 3 prompts is left"):
-        run(tiny, prompts, tmp_path / "no", exclude=[str(prompts)])
+        run(tiny, prompts, tmp_path / "no", exclude=[str(prompts)], evaluation_prompts="drop")
+    assert run(tiny, prompts, tmp_path / "kept", exclude=[bench], evaluation_prompts="keep").images == 6
 
 
 def brightness(images: list[Image.Image], prompts: list[str]) -> list[float]:
@@ -218,7 +223,7 @@ def test_plans_of_older_versions_go_on(tiny: Path, prompts: Path, tmp_path: Path
     run(tiny, prompts, tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     plan = manifest["plans"]["images"]
-    for key in ("gallery", "exclude", "preview", "start_from", "safety", "scheduler"):
+    for key in ("gallery", "exclude", "evaluation_prompts", "preview", "start_from", "safety", "scheduler"):
         del plan[key]
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
     assert run(tiny, prompts, tmp_path / "out").made == 0
@@ -233,7 +238,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1]), "ACCELERATE_USE_CPU": "true"}
 
 
-def launch(words: list[str], processes: int) -> subprocess.Popen[bytes]:
+def launch(words: list[str], processes: int, **more: str) -> subprocess.Popen[bytes]:
     """The command, alone or under torchrun with gloo; the group of processes dies together."""
     command = [sys.executable, "-m", "diffalign", *words]
     if processes > 1:
@@ -243,7 +248,7 @@ def launch(words: list[str], processes: int) -> subprocess.Popen[bytes]:
         torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", port]
         command = [sys.executable, *torchrun, "-m", "diffalign", *words]
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-    return subprocess.Popen(command, env=environment(), **quiet)
+    return subprocess.Popen(command, env=environment() | more, **quiet)
 
 
 def killed_at_random(words: list[str], out: Path, table: str, processes: int, kills: int, total: int) -> None:
@@ -272,7 +277,7 @@ def test_killed_generation_is_byte_identical(tiny: Path, prompts: Path, tmp_path
     generate_dataset(config)
     words = ["generate", f"model.path={tiny}", f"prompts={prompts}", "images_per_prompt=16", "shard_size=2"]
     words += ["sampling.num_inference_steps=2", "sampling.batch_size=2", f"output_dir={out}"]
-    killed_at_random(words, out, "images", processes, 3 if processes == 1 else 2, 24)
+    killed_at_random(words, out, "images", processes, 5, 24)
     assert {k: v for k, v in files(out).items() if not k.endswith(".tmp")} == files(tmp_path / "whole")
 
 
@@ -287,14 +292,14 @@ def test_killed_selection_is_byte_identical(tmp_path: Path, processes: int) -> N
     select(config(folder, tmp_path / "whole", **more))
     out = tmp_path / "killed"
     words = ["pairs", f"path={folder}", "reward.good=1", "rule.type=all", "bins=3", "lists=true", "shard_size=1"]
-    killed_at_random([*words, f"output_dir={out}"], out, "pairs", processes, 5 if processes == 1 else 2, 60)
+    killed_at_random([*words, f"output_dir={out}"], out, "pairs", processes, 5, 60)
     assert {k: v for k, v in files(out).items() if not k.endswith(".tmp")} == files(tmp_path / "whole")
 
 
 def test_the_command_tells_what_it_left_out(tiny: Path, prompts: Path, tmp_path: Path) -> None:
     words = [f"model.path={tiny}", f"prompts={prompts}", "sampling.num_inference_steps=1", f"output_dir={tmp_path / 'o'}"]
     (tmp_path / "bench.txt").write_text(PROMPTS[0])
-    result = CliRunner().invoke(main, ["generate", *words, f"exclude=[{tmp_path / 'bench.txt'}]"])
+    result = CliRunner().invoke(main, ["generate", *words, f"exclude=[{tmp_path / 'bench.txt'}]", "evaluation_prompts=drop"])
     assert result.exit_code == 0, result.output
     assert "2 images made now" in result.output
     assert "1 prompts left out" in result.output

@@ -128,6 +128,7 @@ FORMULAS: dict[str, Callable[..., Any]] = {
     "mappo": lambda w, l: -log_expit(w - 0.8 * l),
     "omni": lambda w, l: -expit(0.7 * 0.8) * expit(2 - (w - l)) ** 3 * log_expit(w - l) + 0.001 * np.where(w < 0, -w, 0),
     "madpo": lambda w, l: -MADPO_WEIGHT * log_expit(w - l),
+    "seppo": lambda w, l: np.where(w > 0, -log_expit(w - l), -log_expit(w + l)),
     "sft": lambda w, l: -w,
 }
 MADPO_WEIGHT = expit((0.5 + 1.5 / (1 + 2.0 * np.exp(0.8 - 2))) * 0.8) / expit(0.8)

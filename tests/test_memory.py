@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import SMALL_ROUNDS
 from PIL import Image
 from tiny_families import FAMILIES
 from torch import nn
@@ -618,7 +619,9 @@ def test_every_shipped_configuration_trains_two_steps(name: str, folder_of: Any,
         given += [f"model.path={folder_of(family)}", "data.resolution=null"]
         given += ["model.max_sequence_length=16"] if family in T5 else []
     given += ["model.quantization=none", "train.optimizer=adamw", "train.per_device_train_batch_size=1"]
-    assert train(load(TrainConfig, shipped_configs()[name], given)).metrics["steps"] == 2
+    given += SMALL_ROUNDS if config.rounds is not None else []
+    steps = train(load(TrainConfig, shipped_configs()[name], given)).metrics["steps"]
+    assert steps == 2 * (config.rounds.count if config.rounds is not None else 1)
 
 
 MEMORY = [name for name in shipped_configs() if name.startswith("presets/memory/")]

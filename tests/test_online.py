@@ -368,6 +368,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a rule without noise": ({"online": {"rollout": {"rule": {"type": "ode"}}}}, "steps with noise"),
     "several noises of steps": ({"online": {"repeats": 2}}, "repeats"),
+    "accumulation": ({"train": {"gradient_accumulation_steps": 2}}, "online.updates"),
     "captions dropped": ({"train": {"caption_dropout": 0.1}}, "drop"),
     "no pairs to stop on": ({"train": {"early_stopping_patience": 2}}, "select/score"),
 }  # fmt: skip

@@ -11,16 +11,22 @@ from typing import Any
 import pytest
 from conftest import picture
 
-from diffalign.catalogue import shipped_configs
+from diffalign.catalogue import kind_of, shipped_configs
+from diffalign.generation import GenerateConfig
 from diffalign.recipes import TrainConfig, train
+from diffalign.round_pairs import Judged
+from diffalign.selection import SelectConfig
 from diffalign.spec import load
 from diffalign.train.tracking import read_metrics
 
-METHODS = [n for n in shipped_configs() if n.startswith("presets/") and "/memory/" not in n]
+PRESETS = [n for n in shipped_configs() if n.startswith("presets/") and "/memory/" not in n]
+METHODS = [n for n in PRESETS if kind_of(n) == "train"]
 CANONICAL = ["diffusion-dpo", "mapo", "diffusion-kto", "rank-dpo", "linear-dpo"]
-CORE = [*CANONICAL, "diffusion-dro", "local-dpo", "smpo", "safeguard-dpo", "curriculum-dpo", "dspo", "rdp"]
-STORED = "presets/reconstructed/pnapo"
-TEXTS = "presets/reconstructed/hg-dpo"  # adapts the text encoder, which a DiT's families do not
+CORE = [*CANONICAL, "diffusion-dro", "local-dpo", "smpo", "safeguard-dpo", "curriculum-dpo", "dspo", "rdp", "spin-diffusion"]
+OWN = ("presets/reconstructed/pnapo", "presets/reconstructed/ppd")
+"""Those that need a dataset folder of a kind of its own."""
+TEXTS = "presets/reconstructed/hg-dpo"
+"""Adapts the text encoder, which a DiT's families do not."""
 
 
 @pytest.fixture(scope="module")
@@ -29,40 +35,52 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("method-data")
     for i in range(8):
         picture(i).save(folder / f"{i}.png")
-    head = ["prompt", "chosen", "rejected", "chosen_score", "rejected_score", "rejected_prompt", "kind", "region", "segments"]
+    head = ["prompt", "chosen", "rejected", "chosen_score", "rejected_score", "rejected_prompt", "group"]
     segments = '[{"box": [0, 0, 16, 32], "label": 1}, {"box": [16, 0, 32, 32], "label": -1}]'
     with (folder / "pairs.csv").open("w", newline="") as f:
         table = csv.writer(f)
-        table.writerow(head)
+        table.writerow([*head, "kind", "region", "segments"])
         for i in range(8):
-            said = [f"picture {i}", f"{i}.png", f"{(i + 1) % 8}.png", 0.5 + i / 20, 0.4, f"no picture {i}"]
+            said = [f"picture {i}", f"{i}.png", f"{(i + 1) % 8}.png", 0.5 + i / 20, 0.4, f"no picture {i}", "ab"[i % 2]]
             table.writerow([*said, i % 2, "[0, 0, 16, 16]", segments])
     names = '["0.png", "1.png", "2.png", "3.png"]'
     lines = [f'{{"prompt": "group {i}", "images": {names}, "scores": [0.9, 0.6, 0.3, 0.1]}}' for i in range(6)]
     (folder / "groups.jsonl").write_text("\n".join(lines) + "\n")
-    return {"pairs": str(folder / "pairs.csv"), "labels": str(folder / "pairs.csv"), "groups": str(folder / "groups.jsonl")}
+    (folder / "prompts.txt").write_text("\n".join(f"picture {i}" for i in range(8)) + "\n")
+    return {
+        "prompts": str(folder / "prompts.txt"),
+        "pairs": str(folder / "pairs.csv"),
+        "labels": str(folder / "pairs.csv"),
+        "groups": str(folder / "groups.jsonl"),
+    }
 
 
 def two_steps(name: str, model: Path, tables: dict[str, str], out: Path) -> dict[str, Any]:
     path = shipped_configs()[name]
-    data = tables[load(TrainConfig, path).total.data]
+    plan = load(TrainConfig, path)
+    data = tables[plan.total.data]
     small = ["train.max_steps=2", "train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=1"]
     more = [
         "train.logging_steps=1",
         "data.resolution=null",
         "model.gradient_checkpointing=false",
     ]
+    if plan.rounds is not None:
+        more += ["rounds.count=2", "rounds.num_prompts=6", "rounds.sampling.num_inference_steps=1", "data.holdout=0"]
+        more += [f"rounds.prompts={tables['prompts']}"] if plan.rounds.prompts is not None else []
+        if isinstance(plan.rounds.source, Judged):
+            more += [f"rounds.source.{x}" for x in ("scorers=[compressibility]", "reward=null", "reward={compressibility: 1}")]
     more += ["model.max_sequence_length=16"] if any(t5 in model.name for t5 in ("sd3", "flux", "pixart")) else []
     config = load(TrainConfig, path, [f"model.path={model}", f"data.path={data}", f"output_dir={out}", *small, *more])
     metrics = train(config).metrics
-    assert metrics["steps"] == 2
+    assert metrics["steps"] == (2 if plan.rounds is None else 4)
     lines = [x for x in read_metrics(out) if "loss" in x]
     assert lines[0]["loss"] == lines[0]["loss"]
     return {"passes": metrics["denoiser_passes"], "first": lines[0]}
 
 
 @pytest.mark.parametrize(
-    "name", [n if n.rpartition("/")[2] in CORE else pytest.param(n, marks=pytest.mark.slow) for n in METHODS if n != STORED]
+    "name", [n if n.rpartition("/")[2] in CORE else pytest.param(n, marks=pytest.mark.slow) for n in METHODS if n not in OWN]
 )
 def test_a_preset_takes_two_steps_on_a_unet(
     name: str, folder_of: Callable[[str], Path], tables: dict[str, str], tmp_path: Path
@@ -73,7 +91,7 @@ def test_a_preset_takes_two_steps_on_a_unet(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in METHODS if n not in (STORED, TEXTS)])
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in (*OWN, TEXTS)])
 def test_a_preset_takes_two_steps_on_a_dit(
     name: str, folder_of: Callable[[str], Path], tables: dict[str, str], tmp_path: Path
 ) -> None:
@@ -90,11 +108,21 @@ def test_five_canonical_methods_train_on_every_family(
 
 
 def test_presets_say_where_they_come_from() -> None:
-    for name in METHODS:
+    for name in PRESETS:
         head = [line for line in shipped_configs()[name].read_text().splitlines() if line.startswith("#")]
         assert len(head) >= 2, name
         assert re.search(r"arXiv \d{4}\.\d{5}|20\d\d|LLaDA|Diffusion-SDPO", "\n".join(head)), name
         assert ("/reconstructed/" in name) == head[0].startswith("# status: reconstruction"), name
+
+
+def test_presets_of_data_are_valid_for_their_verb() -> None:
+    found = {kind: [n for n in PRESETS if kind_of(n) == kind] for kind in ("pairs", "generate")}
+    assert len(found["pairs"]) == 4
+    assert len(found["generate"]) == 1
+    for kind, cls in (("pairs", SelectConfig), ("generate", GenerateConfig)):
+        for name in found[kind]:
+            load(cls, shipped_configs()[name])
+            assert f"For `diffalign {kind}`" in shipped_configs()[name].read_text(), name
 
 
 def test_the_rows_of_the_leaderboard_are_configurations(monkeypatch: pytest.MonkeyPatch) -> None:

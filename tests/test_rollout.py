@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from side_by_side import PROMPTS, same
+from side_by_side import PROMPTS, RANK_2, same
 from tiny_families import FAMILIES
 
 from diffalign import path, rules
@@ -175,6 +175,16 @@ def test_cps_leaves_exactly_sigma_on_both_paths(level: float) -> None:
         torch.testing.assert_close(rules.noise_after(CPS(noise_level=level), c, c_next), c_next.sigma)
 
 
+@given(eta=st.floats(0, 1), s=st.floats(0.05, 0.99), share=st.floats(0.01, 0.99))
+def test_ddim_leaves_exactly_sigma_and_adds_the_posterior_variance(eta: float, s: float, share: float) -> None:
+    """At eta 1 of q(x_s | x_t, x0) (Ho et al. 2020, eq. 7): beta_tilde = (1 - abar_s) / (1 - abar_t) beta."""
+    s_next = s * share
+    c, c_next = (Coeffs((1 - u**2).sqrt(), u) for u in torch.tensor([[s], [s_next]], dtype=torch.double))
+    assert rules.noise_after(DDIM(eta=eta), c, c_next).item() == pytest.approx(s_next)
+    beta = 1 - (1 - s**2) / (1 - s_next**2)
+    assert DDIM(eta=eta)(c, c_next)[1].item() ** 2 == pytest.approx(eta**2 * s_next**2 / s**2 * beta)
+
+
 @given(a=st.floats(0.1, 1.5), s=st.floats(0.05, 0.95), share=st.floats(0.05, 0.95))
 def test_flow_sde_adds_more_noise_than_its_schedule_says(a: float, s: float, share: float) -> None:
     """Of the published step the signal is exactly 1 - sigma_next, the noise sqrt(sigma_next^2 + (d^2 / 2 sigma)^2 +
@@ -185,7 +195,7 @@ def test_flow_sde_adds_more_noise_than_its_schedule_says(a: float, s: float, sha
     signal, std = x_of(1 - s, -1.0)  # x0 = 1 and eps = 0: x = alpha, v = eps - x0
     k, _ = x_of(s, 1.0)
     assert signal == pytest.approx(1 - s_next)
-    c, c_next = (Coeffs(1 - u, u) for u in (torch.tensor([s]).double(), torch.tensor([s_next]).double()))
+    c, c_next = (Coeffs(1 - u, u) for u in torch.tensor([[s], [s_next]], dtype=torch.double))
     total = rules.noise_after(FlowSDE(noise_level=a), c, c_next).item()
     assert total == pytest.approx(np.hypot(k, std))
     assert total**2 == pytest.approx(s_next**2 + (std**2 / (2 * s)) ** 2 + std**2 * (1 - share))
@@ -213,6 +223,10 @@ def test_the_grid_is_the_stock_schedulers(load: Any, name: str) -> None:
         wanted = torch.cat([abar[timesteps.long()], end.double()[None]])
         torch.testing.assert_close(grid.alpha, wanted.sqrt().float())
         torch.testing.assert_close(grid.sigma, (1 - wanted).sqrt().float())
+    noisy = 5 if name == "sd" else 4  # a step onto clean data has no density worth training on
+    assert [rules.trainable(rule, grid) for rule in (stochastic(name), CPS(), CPS(noise_level=0), ODE())] == [noisy] * 2 + [
+        0
+    ] * 2
 
 
 def test_a_scheduler_that_clips_is_refused(load: Any) -> None:
@@ -315,6 +329,46 @@ def test_the_ratio_to_itself_is_one_bit_for_bit(load: Any, name: str, guidance: 
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.named_weights.trainable().values())
 
 
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_v_prediction_from_pure_noise_too(tiny_v: Path, tmp_path: Path, zero_snr: bool) -> None:
+    """A terminal signal-to-noise ratio of zero: alpha is 0 at the first step, for the rules and both solvers."""
+    import json
+    import shutil
+
+    from diffalign.building import build_model
+    from diffalign.models import ModelSpec
+
+    folder = shutil.copytree(tiny_v, tmp_path / "model")
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rescale_betas_zero_snr": zero_snr}))
+    model = build_model(ModelSpec(path=str(folder), lora=RANK_2))
+    _, grid = model.grid(5)
+    assert grid.alpha[0].eq(0) == zero_snr
+    for rule, solver in ((DDIM(eta=1), "euler"), (CPS(noise_level=0.5), "dpm++")):
+        settings = RolloutSettings(num_inference_steps=5, rule=rule, solver=solver, window=Fixed(begin=0, size=2))
+        cond, _ = conditions(model, ITEMS, settings)
+        made = rollout(model, ITEMS, settings, 0, 0, cond)
+        assert all(t.isfinite().all() for t in tensors(made))
+        assert all(torch.equal(replay(model, made, n, cond, settings), made.mean[:, n]) for n in range(2))
+    settings = RolloutSettings(num_inference_steps=5, rule=ODE())
+    made = rollout(model, ITEMS, settings, 0, 0)
+    same(to_uint8(model.decode(made.x0)), sample(model, ITEMS, settings, epoch_seed(0, 0), once=True), 2.0)
+    second = rollout(model, ITEMS, settings.model_copy(update={"solver": "dpm++"}), 0, 0)
+    assert second.x0.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+def test_gradient_checkpointing_replays_the_same_bits(load: Any, name: str) -> None:
+    model = load(name, gradient_checkpointing=True)
+    model.net.train()
+    settings = RolloutSettings(num_inference_steps=4, rule=stochastic(name), guidance_scale=2.0)
+    cond, negative = conditions(model, ITEMS, settings)
+    made = rollout(model, ITEMS, settings, 0, 0, cond, negative)
+    mean = replay(model, made, 1, cond, settings, negative)
+    assert torch.equal(mean, made.mean[:, 1])
+    mean.sum().backward()
+
+
 def test_a_transition_is_the_density_that_is_trained(load: Any) -> None:
     """(x_next - mean) / std of the trained steps is the standard normal noise that was drawn, and states chain."""
     model = load("sd3")
@@ -373,7 +427,9 @@ def test_noise_belongs_to_seed_epoch_prompt_and_k(load: Any) -> None:
         for item, z in other.items():
             torch.testing.assert_close(z, wanted[item], rtol=1e-3, atol=1e-3)  # fresh noise is a difference over std
             assert torch.equal(z[0], wanted[item][0])
-    seen = [wanted, noise(ITEMS, seed=1), noise(ITEMS, epoch=1)]
+    later = noise(ITEMS[1:2], epoch=7)  # of an epoch that none went before
+    seen = [wanted, noise(ITEMS, seed=1), noise(ITEMS, epoch=7)]
+    assert torch.equal(later[ITEMS[1]][0], seen[2][ITEMS[1]][0])
     first = torch.stack([z for part in seen for z in part.values()])[:, 0].flatten(1)
     assert (torch.corrcoef(first) - torch.eye(12)).abs().max() < 0.5  # 256 values each, a deviation of 0.06
 
@@ -391,8 +447,8 @@ def test_one_latent_for_all_images_of_a_prompt(load: Any) -> None:
     assert not torch.allclose(z[0][0], shared.x[0, 0], atol=0.1)
 
 
-@pytest.mark.parametrize("name", ["sd", "sd3"])
-def test_the_same_blocks_give_the_same_bytes_in_two_processes(folder_of: Any, tmp_path: Path, name: str) -> None:
+@pytest.mark.slow
+def test_the_same_blocks_give_the_same_bytes_in_two_processes(folder_of: Any, tmp_path: Path) -> None:
     """Four blocks by one process, and two by each of two."""
     import subprocess
     import sys
@@ -407,23 +463,24 @@ from diffalign.rollout import RolloutSettings, rollout
 from diffalign.sampling import Item
 from diffalign.scoring import quiet
 quiet()
-folder, out, blocks = sys.argv[1], sys.argv[2], [int(n) for n in sys.argv[3:]]
-torch.manual_seed(len(blocks))
-model = build_model(ModelSpec(path=folder))
+out, blocks, folders = sys.argv[1], [int(n) for n in sys.argv[2]], sys.argv[3:]
 settings = RolloutSettings(num_inference_steps=4, guidance_scale=2, window={"type": "random", "size": 2, "per": "group"})
 items = [Item(Prompt(p), k) for p in ("a red circle", "a blue cross") for k in range(4)]
-for n in blocks:
-    made = rollout(model, items[2 * n : 2 * n + 2], settings, 5, 2)
-    torch.save([made.x0, made.x, made.x_next, made.mean, made.t, made.std, made.steps], f"{out}-{n}.pt")
+for f, folder in enumerate(folders):
+    torch.manual_seed(len(blocks))
+    model = build_model(ModelSpec(path=folder))
+    for n in blocks:
+        made = rollout(model, items[2 * n : 2 * n + 2], settings, 5, 2)
+        torch.save([made.x0, made.x, made.x_next, made.mean, made.t, made.std, made.steps], f"{out}-{f}-{n}.pt")
 """
+    folders = [str(folder_of(name)) for name in ("sd", "sd3")]
     for out, blocks in (("one", "0123"), ("two", "02"), ("two", "13")):
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(folder_of(name)), str(tmp_path / out), *blocks], capture_output=True, text=True
-        )
+        command = [sys.executable, "-c", code, str(tmp_path / out), blocks, *folders]
+        done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    for n in range(4):
-        parts = [torch.load(tmp_path / f"{out}-{n}.pt", weights_only=True) for out in ("one", "two")]
-        assert all(torch.equal(a, b) for a, b in zip(*parts, strict=True))
+    for part in ("0-0", "0-1", "0-2", "0-3", "1-0", "1-1", "1-2", "1-3"):
+        made = [torch.load(tmp_path / f"{out}-{part}.pt", weights_only=True) for out in ("one", "two")]
+        assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
 
 
 def test_prompts_are_encoded_once(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -472,6 +529,22 @@ def test_dpm_solver_in_rollouts_takes_the_stock_solvers_steps(load: Any, name: s
     torch.testing.assert_close(made.x0, x, rtol=1e-3, atol=1e-3)
     euler = rollout(model, ITEMS, settings.model_copy(update={"solver": "euler"}), 0, 0)
     assert not torch.allclose(made.x0, euler.x0, atol=1e-3)
+
+
+def test_dpm_solver_starts_afresh_after_the_window(load: Any) -> None:
+    """What was predicted before noise was added says nothing of the slope behind it. Of six steps the last two then are of
+    first order, as Euler's, which go on from the same state; the one before the window, the third, is not.
+    """
+    model = load("sd3")
+    base = {"num_inference_steps": 6, "rule": FlowSDE(), "window": Fixed(begin=3, size=1)}
+    made = rollout(model, ITEMS, RolloutSettings(**base, solver="dpm++"), 0, 0)
+    x, (timesteps, grid), cond = made.x_next[:, 0], model.grid(6), model.encode_prompts([i.prompt.text for i in ITEMS])
+    with torch.no_grad():
+        for n in (4, 5):
+            x = x + (grid.sigma[n + 1] - grid.sigma[n]) * model.predict(x, timesteps[n].expand(4), cond)
+    torch.testing.assert_close(made.x0, x, rtol=1e-4, atol=1e-4)
+    euler = rollout(model, ITEMS, RolloutSettings(**base), 0, 0)
+    assert not torch.allclose(made.x[:, 0], euler.x[:, 0], atol=1e-3)
 
 
 def test_compressed_rollouts_make_fewer_steps_and_keep_the_window(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -557,18 +630,36 @@ def test_preflight_is_exact_where_nothing_differs(load: Any) -> None:
     assert found.replay_seconds > 0
 
 
-def test_preflight_sees_weights_that_moved_and_precision_that_differs(load: Any) -> None:
-    """Half precision at another batch is another number; so is a network that drops units while it trains."""
+def test_preflight_sees_that_training_has_another_precision(load: Any) -> None:
+    """fp32 in the rollout and bf16 in the replay is found; bf16 in both is exact."""
     settings = RolloutSettings(num_inference_steps=4, rule=CPS(noise_level=0.5))
     model = load("sd3")
 
-    def noisy(*_: Any) -> Any:
-        return torch.autocast("cpu", torch.bfloat16, enabled=next(turn))
+    half = iter([False] + [True] * 9)
+    mixed = preflight(model, ITEMS, settings, 0, 4, lambda: torch.autocast("cpu", torch.bfloat16, enabled=next(half)))
+    assert mixed.ratio_error > 1e-6
+    assert preflight(model, ITEMS, settings, 0, 4, lambda: torch.autocast("cpu", torch.bfloat16)).ratio_error == 0
 
-    turn = iter([False] + [True] * 99)
-    assert preflight(model, ITEMS, settings, 0, 4, lambda: noisy()).ratio_error > 1e-6
-    quiet = preflight(model, ITEMS, settings, 0, 4, lambda: torch.autocast("cpu", torch.bfloat16))
-    assert quiet.ratio_error == 0
+
+def test_preflight_does_not_hide_what_is_not_finite(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load("sd3")
+    predict = model.predict
+    broken = iter([1.0] * 4 + [torch.nan] * 9)
+    monkeypatch.setattr(model, "predict", lambda *a: predict(*a) * next(broken))
+    assert preflight(model, ITEMS, RolloutSettings(num_inference_steps=4), 0, 4).ratio_error == float("inf")
+
+
+@pytest.mark.parametrize(("world", "rule"), [("shapes-unet", DDIM(eta=1)), ("shapes-dit", FlowSDE())])
+def test_the_built_in_worlds_roll_out_and_replay(world: str, rule: rules.Rule) -> None:
+    """With trained weights: exact at the rollout's batch, and without noise the images are those of sampling."""
+    from diffalign.building import build_model
+    from diffalign.models import ModelSpec
+
+    model = build_model(ModelSpec(path=world, lora=RANK_2))
+    settings = RolloutSettings(num_inference_steps=10, guidance_scale=2.0, rule=rule, window=Fixed(begin=1, size=2))
+    assert preflight(model, ITEMS, settings, 0, micro_batch=4).ratio_error == 0
+    made = rollout(model, ITEMS, RolloutSettings(num_inference_steps=10, guidance_scale=2.0, rule=ODE()), 0, 0)
+    same(to_uint8(model.decode(made.x0)), sample(model, ITEMS, settings, epoch_seed(0, 0), once=True), 2.0)
 
 
 # --- oversample, then select ------------------------------------------------------------------------------------------

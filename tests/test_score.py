@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -45,6 +46,7 @@ from diffalign.scoring import make_scorer
 from diffalign.spread import distances, diversity
 from diffalign.tally import summary
 from diffalign.versus import compare
+from tests.test_generate import launch
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "a red circle on a grey background"
@@ -798,10 +800,10 @@ def test_ranks_of_a_real_launch_share_nothing_but_the_folder(tmp_path: Path) -> 
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
-    launch += ["--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}", "-m", "diffalign", "score"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
+    launcher += ["--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}", "-m", "diffalign", "score"]
     args = [f"path={folder}", "scorers=[plugs:rank]", f"output_dir={out}", "shard_size=2", "gallery=2"]
-    done = subprocess.run([*launch, *args], env=env, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([*launcher, *args], env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert list(values(out, "rank").values()) == [0, 0, 1, 1, 0, 0, 1]
     assert len(read_table(out, "scores")) == 7
@@ -986,39 +988,44 @@ def test_the_benchmarks_run_in_small(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_kills_lose_no_finished_shard_and_repeat_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kills_lose_no_finished_shard_and_repeat_nothing(tmp_path: Path, processes: int) -> None:
     folder = folder_of(tmp_path / "in", 60)
     (tmp_path / "plugs.py").write_text(PLUGS)
     log, out = tmp_path / "log", tmp_path / "out"
     log.touch()
-    env = {
-        **os.environ, "SCORE_LOG": str(log), "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "diffalign", "score", f"path={folder}", "scorers=[plugs:slow]", f"output_dir={out}"]
-    command += ["shard_size=4", "batch_size=2", "gallery=0"]
+    words = ["score", f"path={folder}", "scorers=[plugs:slow]", "shard_size=4", "batch_size=2", "gallery=0"]
+
+    def start(output: Path, processes: int) -> subprocess.Popen[bytes]:
+        path = f"{ROOT}{os.pathsep}{tmp_path}"
+        return launch([*words, f"output_dir={output}"], processes, SCORE_LOG=str(log), PYTHONPATH=path)
+
     rng = random.Random(0)
     by_value = {float(np.asarray(picture(i), np.float64).sum()): i for i in range(60)}
     kept: dict[Path, bytes] = {}
     for _ in range(5):
-        start = len(log.read_text().splitlines())
-        process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wanted = start + rng.randint(0, 12)
+        before = len(log.read_text().splitlines())
+        process = start(out, processes)
+        wanted = before + rng.randint(0, 12)
         while process.poll() is None and len(log.read_text().splitlines()) <= wanted:
             time.sleep(0.005)
-        os.kill(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it was done
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        again = {by_value[float(v)] // 4 for v in log.read_text().splitlines()[start:]}
+        again = {by_value[float(v)] // 4 for v in log.read_text().splitlines()[before:]}
         finished = {int(p.stem.rpartition("-")[2]) for p in kept if p.parent.name == "scores"}
         assert not again & finished
         assert all(p.read_bytes() == data for p, data in kept.items())
         kept = {p: p.read_bytes() for p in out.rglob("*.parquet") if not p.name.startswith(".")}
     assert kept
-    assert subprocess.run(command, env=env, capture_output=True, check=False).returncode == 0
+    assert start(out, processes).wait(timeout=240) == 0
     assert all(p.read_bytes() == data for p, data in kept.items())
     got = {r.image_id: r.values["slow"] for r in read_scored(out)}
     assert got == {f"{i:03d}.png": pytest.approx(v, rel=1e-6) for v, i in by_value.items()}
     assert len(read_table(out, "scores")) == 60  # each cell once
+    assert start(tmp_path / "whole", 1).wait(timeout=240) == 0
+    whole, killed = ({f.name: f.read_bytes() for f in (d / "scores").glob("*.parquet")} for d in (tmp_path / "whole", out))
+    assert killed == whole
 
 
 def test_read_scored_keeps_versions_apart(tmp_path: Path) -> None:

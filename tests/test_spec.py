@@ -56,7 +56,7 @@ def test_every_mistake_is_in_one_report_with_its_key_and_remedy() -> None:
         ("data.holdout=1", "data.holdout"),
         ("timesteps={type: uniform, low: 0.8, high: 0.2}", "timesteps"),
         ("evaluate.num_prompts=0", "evaluate.num_prompts"),
-        ("evaluate.sampling.guidance_scale=0.5", "evaluate.sampling.guidance_scale"),
+        ("evaluate.sampling.guidance_scale=-0.5", "evaluate.sampling.guidance_scale"),
         ("version=2", "version"),
     ],
 )

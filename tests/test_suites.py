@@ -167,7 +167,7 @@ def test_gaps_are_counted_and_said() -> None:
 
 def test_what_is_no_suite_is_refused(tmp_path: Path) -> None:
     for spec, why in {
-        "geneval": "is no suite",
+        "geneval": "prompts of geneval are not shipped .*geneval:PATH",
         f"nothing:{tmp_path}": "is no suite",
         f"geneval:{tmp_path}": "no evaluation_metadata.jsonl",
         "geneval:./none": "no such file",

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
-import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import picture
+from fake_endpoint import Fake, said
 from PIL import Image
 
 from diffalign.errors import ConfigError
@@ -23,49 +19,6 @@ from diffalign.scorers import ScoreInput
 from diffalign.scorers.http import Address
 from diffalign.scorers.vlm import Endpoint, Pairwise, Pointwise, VQAScore, image_1_or_2
 from diffalign.scoring import identify, make_scorer
-
-
-class Fake(ThreadingHTTPServer):
-    """``answer(pictures, text)`` gives a choice, or a status."""
-
-    daemon_threads = True
-    answer: Callable[[list[Image.Image], str], Any]
-
-    def __init__(self) -> None:
-        self.asked: list[dict[str, Any]] = []
-        super().__init__(("127.0.0.1", 0), FakeHandler)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-
-class FakeHandler(BaseHTTPRequestHandler):
-    server: Fake
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append({**body, "path": self.path, "key": self.headers["Authorization"]})
-        *images, text = body["messages"][0]["content"]
-        urls = [i["image_url"]["url"].partition("base64,")[2] for i in images]
-        found = self.server.answer([Image.open(io.BytesIO(base64.b64decode(u))) for u in urls], text["text"])
-        self.send_response(found if isinstance(found, int) else 200)
-        self.end_headers()
-        self.wfile.write(json.dumps({"choices": [] if isinstance(found, int) else [found]}).encode())
-
-    def log_message(self, format: str, *args: Any) -> None: ...
-
-
-@pytest.fixture
-def fake() -> Iterator[Fake]:
-    with Fake() as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        yield server
-        server.shutdown()
-
-
-def said(text: str) -> dict[str, Any]:
-    return {"message": {"content": text}}
 
 
 def likely(**words: float) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from diffalign.data.maps import Maps
 from diffalign.data.pairs import Pair, Picture, own_pictures, pairs_of, picture_source, read_pairs, rows_of, table_rows
+from diffalign.data.scores import read_scored
 from diffalign.errors import DataError
 
 
@@ -26,17 +27,25 @@ class Example:
     weight: float = 1.0
     kind: int = 0
     maps: Maps | None = None
+    group: str | None = None
+    """Whom it comes from, where that matters."""
+    profile: str = ""
+    """Words about the user, which the model reads before the prompt."""
 
     @property
     def prompt(self) -> str:
         return self.prompts[0]
 
+    @property
+    def said(self) -> tuple[str, ...]:
+        """What the model reads: one text per picture."""
+        return tuple(f"{self.profile} {p}" for p in self.prompts) if self.profile else self.prompts
+
 
 def of_pair(pair: Pair) -> Example:
     """A pair as an example."""
-    prompts = (pair.prompt, pair.rejected_prompt or pair.prompt)
-    both = (pair.chosen, pair.rejected)
-    return Example(both, prompts, pair.scores, pair.p_win, weight=pair.weight, kind=pair.kind, maps=pair.maps)
+    both, extra = (pair.chosen, pair.rejected), (pair.scores, pair.p_win)
+    return Example(both, pair.prompts, *extra, weight=pair.weight, profile=pair.profile, kind=pair.kind, maps=pair.maps)
 
 
 def labels_of(pairs: Sequence[Pair] | Sequence[Example]) -> list[Example]:
@@ -50,7 +59,7 @@ def labels_of(pairs: Sequence[Pair] | Sequence[Example]) -> list[Example]:
     won = {(p.prompt, p.chosen.key) for p in pairs}
     out: dict[tuple[str, str], Example] = {}
     for pair in pairs:
-        for picture, prompt in ((pair.chosen, pair.prompt), (pair.rejected, pair.rejected_prompt or pair.prompt)):
+        for picture, prompt in zip((pair.chosen, pair.rejected), pair.prompts, strict=True):
             key = (prompt, picture.key)
             out.setdefault(key, Example((picture,), (prompt,), good=key in won))
     return list(out.values())
@@ -92,6 +101,24 @@ def labels_in(rows: Iterable[Mapping[str, Any]], where: str = "train_dataset") -
     if given and "chosen" in given[0]:
         return labels_of(pairs_of(given, where))
     return [_label(row, None, f"{where}, row {n}") for n, row in enumerate(given, 1)]
+
+
+def read_rated(source: str, score: str, at: float, limit: int | None = None) -> list[Example]:
+    """Single images of a dataset folder, good if their ``score`` is ``at`` or more; those without it are left out.
+
+    Raises:
+        DataError: it is no folder with scores, or no image has this one; names those that there are.
+    """
+    pictures, rows = own_pictures(Path(source)), read_scored(Path(source))
+    out, there = list[Example](), dict[str, None]()
+    for row in rows:
+        there |= dict.fromkeys(row.values)
+        value = row.values.get(score)
+        if value is not None and row.prompt and row.image_id in pictures:
+            out.append(Example((pictures[row.image_id],), (row.prompt,), good=value >= at))
+    if not out:
+        raise DataError(f"{source}: no image has the score {score!r}", hint=f"there are {', '.join(there) or 'none'}")
+    return out[:limit]
 
 
 def _has(path: Path, column: str) -> bool:

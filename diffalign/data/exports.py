@@ -15,7 +15,7 @@ from diffalign.data.files import atomic, write_json, write_text
 from diffalign.data.tables import conform, shards_of
 from diffalign.errors import DataError
 
-KEPT = ("pair_id", "prompt", "rejected_prompt", "p_win", "margins", "rule", "user", "source", "weight", "bin")
+KEPT = ("pair_id", "prompt", "rejected_prompt", "p_win", "margins", "rule", "user", "group", "source", "weight", "bin")
 LABELLING = """<View>
   <Header value="$prompt"/>
   <Pairwise name="preference" toName="left,right"/>

@@ -6,9 +6,11 @@ The layouts are those of the dataset cards and of the code that trains on them; 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from pathlib import PurePosixPath
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -33,6 +35,7 @@ class Comparison:
     p_win: float = 1.0
     margins: Mapping[str, float] = field(default_factory=dict)
     user: str | None = None
+    group: str | None = None
     category: str | None = None
     rejected_prompt: str | None = None
     """Where the loser has a caption of its own."""
@@ -41,11 +44,25 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Rated:
+    """One picture with what people said of it alone."""
+
+    prompt: str
+    side: Side
+    scores: Mapping[str, float]
+    """By the name that they get in the scores table; higher is better."""
+    maps: Mapping[str, bytes] = field(default_factory=dict)
+    """Encoded pictures that say where something is wrong, by kind."""
+    words: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Words of the prompt that it does not show, by kind."""
+
+
+@dataclass(frozen=True)
 class Layout:
     """One way of writing preferences."""
 
-    read: Callable[[Row], Iterator[Comparison | str]]
-    """Comparisons of a row; a string is a reason for a missing one."""
+    read: Callable[[Row], Iterator[Comparison | Rated | str]]
+    """Comparisons and ratings of a row; a string is a reason for a missing one."""
     files: tuple[str, ...]
     """Patterns in a folder, in order of preference."""
     pictures: tuple[str, ...] = ()
@@ -224,6 +241,61 @@ def visionprefer(row: Row) -> Iterator[Comparison | str]:
         yield _compare(row.get("prompt"), sides, p, dims)
 
 
+RICHHF = ("overall", "aesthetics", "artifact", "misalignment")
+
+
+def richhf(row: Row) -> Iterator[Comparison | Rated | str]:
+    """RichHF-18K: four scores, all higher for better, two heatmaps and a label per word, 0 for what the picture lacks.
+
+    ``prompt`` and ``image`` come from Pick-a-Pic by the name of the file. All pairs of a prompt by the overall score.
+    """
+    found: list[tuple[Side, dict[str, float]]] = []
+    for r in row["rows"]:
+        name, prompt = _decoded(r.get("filename")), _decoded(r.get("prompt") or r.get("caption"))
+        scores = {n: _number(r.get(f"{n}_score")) for n in RICHHF}
+        if r.get("error"):
+            yield str(r["error"])
+        elif not name:
+            yield "no file name"
+        elif not prompt:
+            yield "no prompt: Pick-a-Pic has no such picture"
+        elif not math.isfinite(scores["overall"]):
+            yield "no label"
+        else:
+            side = Side(PurePosixPath(name).stem, r.get("image"), _text(r.get("model")))
+            words = _lacking(prompt, _decoded(r.get("prompt_misalignment_label")))
+            if words is None:
+                yield "labels of words that are not those of the prompt"
+            maps = {f"richhf/{n}": m for n in RICHHF[2:] if (m := _encoded(r.get(f"{n}_map"))) is not None}
+            finite = {f"richhf/{n}": v for n, v in scores.items() if math.isfinite(v)}
+            yield Rated(prompt, side, finite, maps, {"richhf/misalignment": words} if words else {})
+            found.append((side, scores))
+    for (a, x), (b, y) in combinations(found, 2):
+        gaps = {n: x[n] - y[n] for n in RICHHF}
+        overall, others = gaps["overall"], math.fsum(gaps[n] for n in RICHHF[1:])
+        second = (others > 0) == (overall > 0) if overall and others and math.isfinite(others) else None
+        p = 0.5 if overall == 0 else float(overall > 0)
+        yield _compare(_decoded(row["rows"][0].get("prompt") or row["rows"][0].get("caption")), (a, b), p, gaps, second=second)
+
+
+def _decoded(value: Any) -> str | None:
+    return _text(value.decode("utf-8", "replace") if isinstance(value, bytes) else value)
+
+
+def _encoded(value: Any) -> bytes | None:
+    value = value.get("bytes") if isinstance(value, Mapping) else value
+    return value if isinstance(value, bytes) and value else None
+
+
+def _lacking(prompt: str, labels: str | None) -> list[str] | None:
+    """The words that are labelled 0; None where there are not as many labels as words (split as the authors do)."""
+    words = [w for w in re.split(r'[,.?!":; ]', prompt) if w]
+    said = (labels or "").split()
+    if len(said) != len(words) or not set(said) <= {"0", "1"}:
+        return None
+    return [w for w, label in zip(words, said, strict=True) if label == "0"]
+
+
 def chosen_rejected(row: Row) -> Iterator[Comparison | str]:
     """TRL's columns: ``prompt``, ``chosen``, ``rejected``; ``p_win``, ``score_chosen`` and ``score_rejected`` if there are."""
     sides = []
@@ -236,7 +308,7 @@ def chosen_rejected(row: Row) -> Iterator[Comparison | str]:
     scores = [_number(row.get(f"score_{side}")) for side in ("chosen", "rejected")]
     gap = scores[0] - scores[1]
     second = gap > 0 if math.isfinite(gap) and gap else None
-    who: dict[str, Any] = {"user": _text(row.get("user")), "category": _text(row.get("category"))}
+    who: dict[str, Any] = {n: _text(row.get(n)) for n in ("user", "group", "category")}
     yield _compare(row.get("prompt") or row.get("caption"), sides, p, {"score": gap}, second=second, **who)
 
 
@@ -255,6 +327,7 @@ LAYOUTS = {
     ),
     "open-image-preferences": Layout(chosen_rejected, ("*.parquet",), ("chosen", "rejected"), licence="apache-2.0"),
     "rapidata": Layout(rapidata, ("*.parquet",), ("image1", "image2")),
+    "richhf": Layout(richhf, ("train.tfrecord", "*.tfrecord", "*.parquet"), ("image",), gather="prompt"),
     "visionprefer": Layout(visionprefer, ("*.jsonl", "*.json"), ("images",)),
     "trl": Layout(chosen_rejected, ("*.parquet", "*.jsonl", "*.csv", "*.json"), ("chosen", "rejected")),
 }  # fmt: skip

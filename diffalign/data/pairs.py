@@ -28,9 +28,13 @@ class Prompted(Protocol):
     @property
     def prompt(self) -> str: ...
 
+    @property
+    def prompts(self) -> tuple[str, ...]: ...
+
 
 P = TypeVar("P", bound=Prompted)
 PAIR_COLUMNS = ("pair_id", "prompt", "chosen_id", "rejected_id", "p_win")
+WHO = ("user", "group", "source")
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,17 @@ class Pair:
     """Which of two kinds of pairs it is, 0 or 1."""
     maps: Maps | None = None
     """Where it counts."""
+    pair_id: str | None = None
+    user: str | None = None
+    group: str | None = None
+    source: str | None = None
+    profile: str = ""
+    """Words about the user, which the model reads before the prompt."""
+
+    @property
+    def prompts(self) -> tuple[str, str]:
+        """The caption of each picture."""
+        return self.prompt, self.rejected_prompt or self.prompt
 
 
 def read_pairs(source: str | Path, limit: int | None = None) -> list[Pair]:
@@ -139,12 +154,18 @@ def pairs_of(rows: Iterable[Mapping[str, Any]], where: str = "train_dataset") ->
 
 def split_by_prompt(pairs: Sequence[P], share: float, salt: str = "heldout") -> tuple[list[P], list[P]]:
     """(training, held out): every prompt falls whole on one side, by its hash."""
+    return split_by(pairs, [p.prompt for p in pairs], share, salt)
 
-    def held(prompt: str) -> bool:
-        digest = hashlib.sha256(f"{salt}|{prompt}".encode()).digest()
+
+def split_by(pairs: Sequence[P], keys: Sequence[str], share: float, salt: str = "heldout") -> tuple[list[P], list[P]]:
+    """(training, held out): those of one key fall whole on one side, by its hash."""
+
+    def held(key: str) -> bool:
+        digest = hashlib.sha256(f"{salt}|{key}".encode()).digest()
         return int.from_bytes(digest[:8], "big") / 2**64 < share
 
-    return [p for p in pairs if not held(p.prompt)], [p for p in pairs if held(p.prompt)]
+    sides = [held(key) for key in keys]
+    return [p for p, h in zip(pairs, sides, strict=True) if not h], [p for p, h in zip(pairs, sides, strict=True) if h]
 
 
 def apart(pairs: Sequence[P], evaluated: Iterable[str], action: Literal["refuse", "drop", "keep"]) -> list[P]:
@@ -154,7 +175,7 @@ def apart(pairs: Sequence[P], evaluated: Iterable[str], action: Literal["refuse"
         DataError: there are some, and they are refused; or nothing is left.
     """
     barred = {normalised(p) for p in evaluated}
-    kept = [p for p in pairs if action == "keep" or normalised(p.prompt) not in barred]
+    kept = [p for p in pairs if action == "keep" or barred.isdisjoint(map(normalised, p.prompts))]
     if len(kept) < len(pairs) and (action == "refuse" or not kept):
         raise DataError(
             f"{len(pairs) - len(kept)} of {len(pairs)} training pairs have a prompt that is evaluated on",
@@ -186,7 +207,8 @@ def flipped(pair: Pair) -> Pair:
 
 def _own(folder: Path) -> Iterator[Pair]:
     pictures = own_pictures(folder)
-    for row in rows_of(folder, "pairs", PAIR_COLUMNS, ("margins", "rejected_prompt", "weight", "kind", "region", "segments")):
+    wanted = ("margins", "rejected_prompt", "weight", *WHO, "kind", "region", "segments")
+    for row in rows_of(folder, "pairs", PAIR_COLUMNS, wanted):
         where = f"{folder}/pairs, pair {row['pair_id']}"
         for side in ("chosen_id", "rejected_id"):
             if row[side] is None:
@@ -201,8 +223,7 @@ def _own(folder: Path) -> Iterator[Pair]:
                 scores=_margin(row.get("margins"), where),
                 rejected_prompt=row.get("rejected_prompt") or None,
                 weight=1.0 if weight is None else float(weight),
-                kind=_kind(row.get("kind"), where),
-                maps=_maps(row, folder, where),
+                pair_id=row["pair_id"], kind=_kind(row.get("kind"), where), maps=_maps(row, folder, where), **_who(row),
             )  # fmt: skip
 
 
@@ -226,6 +247,11 @@ def own_pictures(folder: Path) -> dict[str, Picture]:
         made[row["image_id"]] = (row.get("seed"), row.get("prompt_id"), row.get("k"))
     found: dict[str, Any] = {name: None if None in origin else origin for name, origin in made.items()}
     return {name: Picture(Stored(album, name), f"{folder}/images, image {name}", found[name]) for name in album}
+
+
+def _who(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Whom a pair comes from, as far as the row says."""
+    return {name: None if row.get(name) in (None, "") else str(row[name]) for name in WHO}
 
 
 def _margin(value: str | None, where: str) -> tuple[float, float] | None:
@@ -274,6 +300,7 @@ def _table(rows: Iterator[Mapping[str, Any]], folder: Path | None, where: str) -
             row.get("rejected_prompt") or None,
             kind=_kind(row.get("kind"), at),
             maps=_maps(row, folder, at),
+            **_who(row),
         )
 
 

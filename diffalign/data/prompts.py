@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffalign.data.lines import csv_rows, jsonl_rows
 from diffalign.errors import DataError
 
 PROMPT_COLUMNS = ("prompt", "caption", "text")
@@ -44,7 +45,7 @@ def read_prompts(source: str | Path, limit: int | None = None) -> list[Prompt]:
         DataError: no such file or dataset, no prompt column, an empty prompt, or no prompt at all.
     """
     path = Path(source)
-    readers = {".txt": _text, ".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}
+    readers = {".txt": _text, ".csv": csv_rows, ".jsonl": jsonl_rows, ".parquet": _parquet}
     try:
         if path.suffix in readers:
             if not path.is_file():
@@ -78,23 +79,6 @@ def _prompt(row: dict[str, Any], where: str) -> Prompt:
 
 def _text(path: Path) -> Iterable[dict[str, Any]]:
     return ({"prompt": line} for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
-
-
-def _csv(path: Path) -> Iterable[dict[str, Any]]:
-    with path.open(newline="", encoding="utf-8-sig") as f:
-        yield from csv.DictReader(f)
-
-
-def _jsonl(path: Path) -> Iterable[dict[str, Any]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as e:
-                raise DataError(f"{path}, line {number}: not JSON: {e}") from e
-            if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number}: expected a JSON object with a prompt")
-            yield row
 
 
 def _parquet(path: Path) -> Iterable[dict[str, Any]]:

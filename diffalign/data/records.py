@@ -9,7 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from diffalign.data.lines import csv_rows, jsonl_rows
 from diffalign.data.sources import PICTURES
+from diffalign.data.tfrecords import tfrecord_rows
 from diffalign.errors import DataError
 
 Rows = list[dict[str, Any]]
@@ -80,7 +82,7 @@ def _parquet(
 
 
 def _lines(file: Path, size: int) -> Iterator[Rows]:
-    readers = {".json": json_rows, ".jsonl": jsonl_rows, ".csv": csv_rows}
+    readers = {".json": json_rows, ".jsonl": jsonl_rows, ".csv": csv_rows, ".tfrecord": tfrecord_rows}
     if file.suffix not in readers:
         raise DataError(f"{file}: not a table", hint=f"use .parquet, {', '.join(readers)}")
     try:
@@ -88,24 +90,6 @@ def _lines(file: Path, size: int) -> Iterator[Rows]:
             yield rows
     except (UnicodeDecodeError, csv.Error, OSError) as e:
         raise DataError(f"{file}: not a readable table: {e}") from e
-
-
-def csv_rows(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open(newline="", encoding="utf-8-sig") as f:
-        yield from csv.DictReader(f)
-
-
-def jsonl_rows(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open(encoding="utf-8-sig") as f:
-        for number, line in enumerate(f, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except ValueError as e:
-                    raise DataError(f"{file}, line {number}: not JSON: {e}") from e
-                if not isinstance(row, dict):
-                    raise DataError(f"{file}, line {number}: expected a JSON object")
-                yield row
 
 
 def json_rows(file: Path) -> Iterator[dict[str, Any]]:

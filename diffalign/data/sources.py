@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diffalign.data.lines import json_lines
 from diffalign.data.prompts import PROMPT_COLUMNS
 from diffalign.errors import DataError
 
@@ -163,16 +164,7 @@ def _csv(fs: Any, file: str) -> Iterator[dict[str, Any]]:
 
 def _jsonl(fs: Any, file: str) -> Iterator[dict[str, Any]]:
     with fs.open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as e:
-                raise DataError(f"{file}, line {number}: not JSON: {e}") from e
-            if not isinstance(row, dict):
-                raise DataError(f"{file}, line {number}: expected a JSON object")
-            yield row
+        yield from json_lines(lines, file)
 
 
 def _parquet(fs: Any, file: str) -> Iterator[dict[str, Any]]:
@@ -248,13 +240,15 @@ def _bytes(image: Any, root: _Root | None) -> bytes:
         case (str() as name) | {"path": str() as name} if name and root is not None:
             found: bytes = root.fs.cat_file(root.inside(name))
             return found
+    if image and isinstance(image.get("path") if isinstance(image, dict) else image, str) and root is None:
+        raise DataError("the row names no picture that is here", hint="image_root= names the folder of its paths")
     raise DataError(
         "the row names no picture" if not image else f"a picture must be bytes or a path, not {type(image).__name__}"
     )
 
 
-def picture_bytes(image: Any, folder: str, root: str | None = None) -> bytes:
-    """The encoded picture of an image column: bytes, or a path in ``folder`` or under ``root``.
+def picture_bytes(image: Any, folder: str | None, root: str | None = None) -> bytes:
+    """The encoded picture of an image column: bytes, or a path in ``folder`` (if it lies in one) or under ``root``.
 
     Raises:
         DataError: there is none, or its path leads out of both.
@@ -262,7 +256,7 @@ def picture_bytes(image: Any, folder: str, root: str | None = None) -> bytes:
     from fsspec.core import url_to_fs
 
     try:
-        return _bytes(image, _Root(*url_to_fs(folder)))
+        return _bytes(image, None if folder is None else _Root(*url_to_fs(folder)))
     except DataError:
         if root is None:
             raise

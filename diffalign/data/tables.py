@@ -26,7 +26,7 @@ PICTURES = 64
 
 @cache
 def schemas() -> dict[str, pa.Schema]:
-    """Arrow schemas of the three tables; ``datasets`` reads the image column as images."""
+    """Arrow schemas of the tables; ``datasets`` reads the image column as images."""
     import pyarrow as pa
 
     s, i, f = pa.string(), pa.int64(), pa.float64()
@@ -48,6 +48,9 @@ def schemas() -> dict[str, pa.Schema]:
             ("margins", s), ("rule", s), ("scores", s), ("annotator", s), ("user", s), ("group", s), ("source", s),
             ("weight", f), ("bin", i), ("rejected_prompt", s),
         ],
+        "annotations": [
+            ("image_sha256", s), ("prompt_sha256", s), ("kind", s), ("image", image), ("words", pa.list_(s)),
+        ],
         "groups": [
             ("group_id", s), ("prompt_id", s), ("prompt", s), ("image_ids", pa.list_(s)), ("rewards", pa.list_(f)),
             ("scores", s),
@@ -57,7 +60,7 @@ def schemas() -> dict[str, pa.Schema]:
     def of(dtype: str) -> dict[str, Any]:
         return {"feature": {"dtype": dtype, "_type": "Value"}, "_type": "List"}
 
-    lists = {"vector": of("float32"), "image_ids": of("string"), "rewards": of("float64")}
+    lists = {"vector": of("float32"), "image_ids": of("string"), "rewards": of("float64"), "words": of("string")}
     features = {"image": {"_type": "Image"}, **lists}
     out = {}
     for name, cols in columns.items():

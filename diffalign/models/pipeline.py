@@ -275,8 +275,12 @@ class PipelineModel:
         return folder / name
 
     def restore(self, folder: Path) -> None:
-        """Put what :meth:`export` wrote into the current weights; the reference stays."""
-        from peft import set_peft_model_state_dict
+        """Put what :meth:`export` wrote into the current weights; the reference stays.
+
+        Raises:
+            ModelError: no such files, or the weights of another model or of an adapter of other layers.
+        """
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -292,6 +296,8 @@ class PipelineModel:
                 for name, part in self.named_weights.parts.items():
                     before = self._in_file(name) + (FLAT if is_flat(part) else "")
                     mine = {k.removeprefix(before): v for k, v in state.items() if k.startswith(before)}
+                    if odd := sorted(mine.keys() ^ get_peft_model_state_dict(part).keys()):  # peft would pass over them
+                        raise RuntimeError(f"its adapter has other layers; the first that differs is {odd[0]}")
                     set_peft_model_state_dict(part, mine)
         except (OSError, SafetensorError, RuntimeError) as e:
             raise ModelError(f"{folder}: cannot load the trained weights: {' '.join(str(e).split())[:300]}") from e

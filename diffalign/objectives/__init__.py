@@ -48,6 +48,7 @@ from diffalign.objectives.pairwise import (
 from diffalign.objectives.policy import PPO, FlowDPPO, GRPOGuard, Reinforce
 from diffalign.objectives.reference_free import CPO, ORPO, MaPO, RePO, SimPO
 from diffalign.objectives.scored import MADPO, ODPO, RDP, MaPPO, Omni, SmPO, Soft
+from diffalign.objectives.semi_policy import SePPO
 from diffalign.objectives.stepwise import PRDP, SPO
 from diffalign.objectives.supervised import KL, SFT
 from diffalign.objectives.unpaired import BCO, DDO, KTO, NPO, PMPO
@@ -58,6 +59,8 @@ CLASSES: tuple[type[Objective], ...] = (
     Sigmoid, CDPO, Robust, IPO, Hinge, ExoPair, DMPO, FDPO, AOT, Linear, DROHinge,
     # pairs, by what is asked of each side
     NCAPair, BCOPair, APOZero, APODown, SPPOHard, DPOP, LoserScale, DSPO,
+    # pairs of the data and a reference's own sample
+    SePPO,
     # pairs with scores or soft labels
     Soft, SmPO, ODPO, RDP, MaPPO, Omni, MADPO,
     # pairs without a reference

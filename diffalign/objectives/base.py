@@ -23,6 +23,8 @@ class Terms:
     """(B,) times as fractions of the schedule, 0 clean and 1 noise."""
     weight: Tensor | None = None
     """(B,) weights, mean about 1; the loop multiplies the loss by them."""
+    group: Tensor | None = None
+    """(B,) int64 place of each row's group, where the rows are told apart by whom they come from."""
     distance: Tensor | None = None
     """(B,) mean square of f - f_ref on the winner, or on the image: twice the KL to the reference at t. With gradient."""
     images: int = 0

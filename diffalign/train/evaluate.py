@@ -18,6 +18,7 @@ from diffalign.objectives import Total, metrics_of
 from diffalign.sampling import Sampler, generate
 from diffalign.scorers import ScoreInput, Scorer
 from diffalign.train.feeds import Offline
+from diffalign.train.groups import fares
 
 
 @dataclass(frozen=True)
@@ -114,16 +115,22 @@ def compare(base: Evaluation, aligned: Evaluation, ceiling: Evaluation | None = 
 
 @torch.no_grad()
 def heldout_pairs(model: Model, feed: Offline, objective: Total, draws: int = 2) -> dict[str, float]:
-    """Loss, accuracy, margin and drifts on held-out examples, at the same noise every time.
+    """Loss, accuracy, margin and drifts on held-out examples, at the same noise every time; of groups, how each fares.
 
     The reference is always asked for, so that drift is known for reference-free objectives too; and it is always the model
     before training, so that values can be compared between steps.
     """
     model.net.eval()
     rows: dict[str, list[Tensor]] = {}
+    groups: list[Tensor] = []
     for batch in feed.fixed(draws):
         terms = feed.terms(model, batch, objective.needs | {"loser", "reference"})
         loss = objective(terms, {}).loss
         for name, value in {"loss": loss, **metrics_of(terms)}.items():
             rows.setdefault(name, []).append(value)
-    return {f"heldout/{name}": torch.cat(v).nanmean().item() for name, v in rows.items()}
+        if terms.group is not None:
+            groups.append(terms.group)
+    values = {name: torch.cat(v) for name, v in rows.items()}
+    found = {name: v.nanmean().item() for name, v in values.items()}
+    found |= fares(values, torch.cat(groups), feed.groups) if groups else {}
+    return {f"heldout/{name}": v for name, v in found.items()}

@@ -24,6 +24,7 @@ from diffalign.objectives import Data, Need, Terms
 from diffalign.spec import Spec
 from diffalign.timesteps import TimestepPolicy
 from diffalign.train.coupling import Coupling, draw, first_noise
+from diffalign.train.groups import Turns, names_of
 from diffalign.train.replay import LAGGED
 from diffalign.train.terms import Batch, terms_of
 
@@ -79,11 +80,14 @@ class Offline:
         coupling: Coupling | None = None,
         curriculum: Curriculum | None = None,
         maps: Kind | None = None,
+        balanced: bool = False,
     ) -> None:
         self.model, self.timesteps, self.seed, self.caption_dropout = model, timesteps, seed, caption_dropout
         self.batch_size, self.accumulation, self.rank, self.world = batch_size, accumulation, rank, world
         self.data, self.coupling, self.curriculum = data, coupling or Coupling(), curriculum
         self.examples = list(examples)
+        self.groups = names_of(self.examples)
+        self.turns = Turns(self.examples, seed) if balanced else None
         self.ranked = sorted(range(len(self.examples)), key=lambda i: -_gap(self.examples[i]))
         sizes = bucket_sizes(size, granularity) if granularity else [size]
         shapes = [nearest(x.pictures[0].shape, sizes) for x in self.examples] if len(sizes) > 1 else None
@@ -121,7 +125,7 @@ class Offline:
             some = [(i, j) for i, s in enumerate(self.sizes) if s == size for j in range(len(self.keys[i]))]
             make = partial(self._latents, [self.examples[i].pictures[j] for i, j in some], size)
             cache.fill([self.keys[i][j] for i, j in some], make, pictures_at_once(size))
-        self.prompts = list(dict.fromkeys(p for x in self.examples for p in x.prompts))
+        self.prompts = list(dict.fromkeys(p for x in self.examples for p in x.said))
         if self.model.trains_texts:
             return
         self.model.stage("texts")
@@ -179,7 +183,9 @@ class Offline:
         return self._schedule[1][offset]
 
     def _at(self, size: Size, position: int) -> tuple[int, int]:
-        """(epoch, example) at a position of a bucket's endless stream of shuffled epochs."""
+        """(epoch, example) at a position of a bucket's endless stream of shuffled epochs, or of groups that take turns."""
+        if self.turns is not None:
+            return self.turns.at(position)
         epoch, offset = divmod(position, self.buckets[size])
         if self._orders.get(size, (-1, []))[0] != epoch:
             self._orders[size] = (epoch, [i for i in self._shuffled("order", epoch) if self.sizes[i] == size])
@@ -224,7 +230,7 @@ class Offline:
             us.append(u)
             noises.append(eps)
             dropped = epoch >= 0 and torch.rand((), generator=g).item() < self.caption_dropout
-            said = example.prompts if self.coupling.captions == "own" else example.prompts[:1]
+            said = example.said if self.coupling.captions == "own" else example.said[:1]
             texts.append([None if dropped else p for p in said])
         some = [self.examples[i] for _, i in rows]
         return Batch(
@@ -238,7 +244,7 @@ class Offline:
             ),
             torch.tensor([x.weight for x in some]),
             self.data,
-            _facts(some),
+            _facts(some, self.groups),
             torch.stack([self.maps[i] for _, i in rows]) if self.maps else None,
         )
 
@@ -257,10 +263,12 @@ class Offline:
         return terms_of(model, batch, self.timesteps, needs, self.coupling, reference)
 
 
-def _facts(examples: Sequence[Example]) -> dict[str, Tensor]:
+def _facts(examples: Sequence[Example], groups: Sequence[str] = ()) -> dict[str, Tensor]:
     facts = {name: torch.tensor([getattr(x, name) for x in examples]) for name in ("p_win", "good", "kind")}
     if all(x.scores is not None for x in examples):
         facts["scores"] = torch.tensor([x.scores for x in examples])
+    if groups:
+        facts["group"] = torch.tensor([groups.index(x.group) for x in examples if x.group is not None])
     return facts
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from diffalign.objectives import PairTerms, Terms, Total, metrics_of
+from diffalign.objectives.robust import GroupRobust
 from diffalign.train.feeds import Feed
 from diffalign.train.state import TrainState
 from diffalign.train.tracking import Tracker
@@ -27,7 +28,7 @@ class Interrupted(Exception):
 def fit(
     state: TrainState,
     feed: Feed,
-    objective: Total,
+    objective: Total | GroupRobust,
     tracker: Tracker,
     heldout: Heldout,
     save: Callable[[], object],

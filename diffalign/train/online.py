@@ -243,10 +243,13 @@ class OnlineFeed:
 
     def _sampled(self, plan: Sequence[Sequence[Item]], epoch: int) -> tuple[list[Trajectories], Tensor]:
         """Trajectories of the blocks and their values (names, blocks, B): one block is scored while the next is sampled."""
+        from tqdm import tqdm
+
         spec, model = self.spec.rollout, self.model
         paths, scored = list[Trajectories](), list[Future[Tensor]]()
+        quiet = self.rank > 0 or len(plan) < 2
         with ThreadPoolExecutor(1) as scoring:
-            for items in plan:
+            for items in tqdm(plan, desc="rollout", unit="batch", leave=False, disable=quiet, dynamic_ncols=True):
                 paths.append(rollout(model, items, spec, self.seed, epoch))
                 pixels = model.decode(paths[-1].x0)
                 scored.append(scoring.submit(self.rewards, pixels, [item.prompt.text for item in items]))

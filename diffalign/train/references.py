@@ -1,7 +1,7 @@
 """What the policy is compared with: the model before training, or weights that move along with it.
 
-Only weights that move are held here, as named snapshots of the trainable weights, which checkpoints save. A run that
-starts from the adapter of the last round (``model.lora.path``) has that as its reference anyway: SPIN, DDO.
+Weights that move are held as named snapshots of the trainable weights, which checkpoints save. What a finished run left is
+a snapshot too, read again from that run when this one resumes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from diffalign.models.base import Weights
 from diffalign.spec import Choice, Spec
 
 MOVING = "moving"
+OF_RUN = "run"
+GIVEN = frozenset({"reference", OF_RUN})
+"""Snapshots that follow from the configuration: checkpoints leave them out."""
 
 
 class ReferencePolicy(Spec):
@@ -126,4 +129,21 @@ class Past(ReferencePolicy):
         return sorted(names, key=lambda n: int(n.removeprefix("past-")))
 
 
-REFERENCES = Choice(ReferencePolicy, {"base": Base, "ema": EMA, "periodic": Periodic, "past": Past})
+class OfRun(ReferencePolicy):
+    """What a finished run of the same model and layers left, as it is: a round of SPIN is compared with the last one."""
+
+    type: Literal["run"] = "run"
+    path: str
+    """The folder of the run."""
+
+    def begin(self, weights: Weights) -> None:
+        return  # they were read with the model
+
+    def name(self, weights: Weights, step: int, seed: int) -> str:
+        return OF_RUN
+
+    def update(self, weights: Weights, step: int, drift: Callable[[], float]) -> None:
+        return
+
+
+REFERENCES = Choice(ReferencePolicy, {"base": Base, "ema": EMA, "periodic": Periodic, "past": Past, "run": OfRun})

@@ -21,7 +21,7 @@ from diffalign.errors import ConfigError, DiffalignError, ModelError
 from diffalign.models import Model
 from diffalign.spec import Spec
 from diffalign.train.feeds import Feed
-from diffalign.train.references import Base, ReferencePolicy
+from diffalign.train.references import GIVEN, Base, ReferencePolicy
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -64,8 +64,11 @@ class TrainSettings(Spec):
     gradient_angle_steps: int = Field(default=0, ge=0)
     """Log the cosine between the gradients of winner's and loser's error every this many steps, for two more backward passes;
     0 never."""
-    metric_for_best: Literal["heldout/loss", "heldout/accuracy", "select/score"] = "heldout/loss"
-    """Decides which checkpoint is the best; select/score makes images from ``evaluate.select_prompts`` prompts."""
+    metric_for_best: Literal[
+        "heldout/loss", "heldout/accuracy", "heldout/worst_group/loss", "heldout/worst_group/accuracy", "select/score"
+    ] = "heldout/loss"
+    """Decides which checkpoint is the best; select/score makes images from ``evaluate.select_prompts`` prompts, and the worst
+    group is that of ``data.groups``."""
     load_best: bool = False
     """Export the best weights instead of the last."""
     save_steps: int = Field(default=0, ge=0)
@@ -207,7 +210,7 @@ class TrainState:
                 tmp.mkdir(parents=True)
                 save_file({n: p.detach().cpu().contiguous() for n, p in self.parameters.items()}, tmp / "weights.safetensors")
                 for name, stored in self.model.named_weights.snapshots.items():
-                    if name != "reference":  # which follows from the model
+                    if name not in GIVEN:
                         save_file({n: p.cpu().contiguous() for n, p in stored.items()}, tmp / f"{name}.safetensors")
                 torch.save(self.optimizer.state_dict(), tmp / "optimizer.pt")
                 torch.save({"objective": self.objective, "scaler": acc.scaler and acc.scaler.state_dict()}, tmp / "extra.pt")
@@ -251,7 +254,7 @@ class TrainState:
             if state["processes"] != self.accelerator.num_processes:
                 raise ValueError(f"made by {state['processes']} processes, not {self.accelerator.num_processes}")
             _copy_into(self.parameters, load_file(checkpoint / "weights.safetensors"))
-            for name in [n for n in weights.snapshots if n != "reference"]:
+            for name in [n for n in weights.snapshots if n not in GIVEN]:
                 del weights.snapshots[name]
             for file in sorted(checkpoint.glob("*.safetensors")):
                 if file.name != "weights.safetensors":
@@ -263,7 +266,7 @@ class TrainState:
                 self.accelerator.scaler.load_state_dict(extra["scaler"])
             _set_rng_state(torch.load(checkpoint / f"rng-{own}.pt", weights_only=True))
             if self.feed is not None and (kept := checkpoint / f"feed-{own}.pt").exists():
-                self.feed.restore(torch.load(kept, weights_only=True))
+                self.feed.restore(torch.load(kept, weights_only=True, map_location=self.accelerator.device))
         except (OSError, ValueError, KeyError, RuntimeError, EOFError) as e:
             raise ModelError(
                 f"{checkpoint}: cannot resume: {type(e).__name__}: {' '.join(str(e).split())[:300]}",

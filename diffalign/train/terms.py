@@ -125,6 +125,7 @@ def terms_of(
         "weight": batch.weight.to(device),
         "images": b * k,
         "cost": b * k * draws * passes + more,
+        "group": batch.facts["group"].to(device) if "group" in batch.facts else None,
     }
     facts = {name: value.to(device) for name, value in batch.facts.items()}
     match batch.data:
