@@ -20,6 +20,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ class Row:
     scorers: tuple[str, ...] = ("shapes", "taste:size")
     sampled_again: tuple[str, float] | None = None
     """Another row whose weights are sampled at this guidance; nothing is trained."""
+    guided_away: bool = False
+    """The base is sampled, guided away from what was trained (Diffusion-NPO)."""
 
 
 # the best of its own trials on select; DPO was best with times drawn from the whole path
@@ -96,9 +99,60 @@ ROWS: dict[str, Row] = {
     "dpo-guided": Row("Diffusion-DPO, LoRA, on the same guided pairs", pairs=GUIDED),
     "dpo-rounds-at-4": Row("the weights of dpo-rounds, sampled at guidance 4", sampled_again=("dpo-rounds", 4.0)),
 }  # fmt: skip
-DIT_ROWS = {name: ROWS[name] for name in ("dpo-lora", "dpo-shuffled", "mapo-lora")} | {
+GROUPS = {"group_size": 4}
+LISTS = ("data.group_size=4", "train.per_device_train_batch_size=16")  # as many images a step as in 32 pairs
+NPO = Row("Diffusion-NPO: DPO on swapped labels, the base guided away from it", ("data.swap_labels=true",), guided_away=True)
+ROWS |= {
+    "infonca-lora": Row("InfoNCA on four of each prompt's images, LoRA",
+                        ("objective={type: infonca, beta: 2000, alpha: 0.1}", *LISTS), GROUPS),
+    "rank-dpo-lora": Row("RankDPO on the same groups, LoRA", ("objective={type: rank_dpo, beta: 2000}", *LISTS), GROUPS),
+    "npo-lora": NPO,
+    "dro-lora": Row(
+        "Diffusion-DRO, LoRA: winners against states of the policy of 16 steps ago",
+        ("objective={type: dro_hinge, mu: 0.001}", "coupling={noise: replay, replay_steps: 10, replay_every: 16}"),
+    ),
+    "region-lora": Row("Diffusion-DPO, LoRA, where the judge sees a wrong object", ("data.maps=judged_region",)),
+    "segments-lora": Row("Diffusion-DPO, LoRA, the judge's label for each object", ("data.maps=judged_segments",)),
+    "dpo-ensemble": Row(
+        "Diffusion-DPO, LoRA, labelled by two learned judges (CLIP and the second judge)",
+        pairs={"scorers": ["clip:shapes-clip", "diffalign.shapes.second:second_score"], "units": "rank",
+               "reward": {"clip": 1.0, "second_score": 1.0}, "rule": ANY},
+    ),
+}  # fmt: skip
+DIT_ROWS = {name: ROWS[name] for name in ("dpo-lora", "dpo-shuffled", "mapo-lora", "dpo-flipped", "safeguard-lora")} | {
     "sft-winners": Row("SFT on the winners (control)", ("objective.type=sft",)),
+    "robust-flipped": Row(
+        ROWS["robust-flipped"].what, ("objective={type: robust, beta: 100, label_smoothing: 0.2}", "data.flip_labels=0.2")
+    ),
+    "ipo-lora": Row("IPO, LoRA", ("objective={type: ipo, beta: 100}",)),
+    "kto-lora": Row("Diffusion-KTO, LoRA", ("objective={type: kto, beta: 100}", "train.per_device_train_batch_size=64")),
+    "curriculum-lora": Row("Curriculum-DPO, LoRA", ("data.curriculum={chunks: 5, every: 40}",)),
+    "smpo-lora": Row(
+        "SmPO, LoRA",
+        (
+            "objective={type: smpo, beta: 100, gamma: 2}", "data.p_win_scale=10",
+            "coupling={noise: inverted, inversion_steps: 5, renoise: 1}",
+        ),
+    ),
+    "dspo-lora": Row("DSPO, LoRA", ("objective={type: dspo, beta: 0.5}",)),
+    "linear-lora": Row(
+        "Linear-DPO, LoRA", ("objective={type: linear, beta: 50, kappa: 1}", "reference={type: ema, decay: 0.99}")
+    ),
+    "rdp-lora": Row("RDP, LoRA", ("objective={type: rdp, beta: 100}", "data.standardize_scores=true")),
+    "infonca-lora": Row(ROWS["infonca-lora"].what, ("objective={type: infonca, beta: 100, alpha: 0.1}", *LISTS), GROUPS),
+    "rank-dpo-lora": Row(ROWS["rank-dpo-lora"].what, ("objective={type: rank_dpo, beta: 100}", *LISTS), GROUPS),
+    "npo-lora": NPO,
+    "dro-lora": ROWS["dro-lora"],
+}  # fmt: skip
+LABELLED = {
+    "dpo-lora": "the exact judge",
+    "dpo-ensemble": "two learned judges, ranks summed: CLIP and the second judge, which therefore guards this row no more",
+    "dpo-clip": "the learned CLIP",
+    "dpo-flipped": "the exact judge, 20 % flipped",
+    "robust-flipped": "the same flipped labels, robust DPO",
+    "dpo-shuffled": "a coin",
 }
+"""DPO by who labelled the pairs: rows of a table of their own."""
 CONTROLS = {
     "base": "the base",
     "best-of-4": "best of 4 of the base by the learned CLIP (4 times the inference)",
@@ -260,6 +314,7 @@ def measured(
     from diffalign import stats
     from diffalign.building import build_model
     from diffalign.evaluation import EvaluateSpec, prompts_of
+    from diffalign.models.guidance import guided_away
     from diffalign.recipes import TrainConfig
     from diffalign.scoring import make_scorers
     from diffalign.spec import load
@@ -273,7 +328,9 @@ def measured(
         model.restore(run)
     said = prompts_of(prompts, count, spec.seed)
     sampling = spec.sampling.model_copy(update={"guidance_scale": guidance} if guidance else {})
-    result = evaluate(model, said, scorers, sampling, per_prompt=PER_PROMPT, seed=spec.seed)
+    away = name in world.rows and world.rows[name].guided_away
+    with guided_away(model) if away else nullcontext():
+        result = evaluate(model, said, scorers, sampling, per_prompt=PER_PROMPT, seed=spec.seed)
     return {
         "row": name,
         "world": world.name,
@@ -385,7 +442,7 @@ def write(path: Path, value: dict[str, Any]) -> None:
 
 def write_tables() -> str:
     """The leaderboard as Markdown, also written to docs/leaderboard.md."""
-    from table import HEAD, table
+    from table import HEAD, labelled, table
 
     parts = [HEAD.format(prompts=PROMPTS, per_prompt=PER_PROMPT)]
     for world in WORLDS.values():
@@ -393,6 +450,8 @@ def write_tables() -> str:
             rows = world.controls | {k: r.what for k, r in world.rows.items()}
             seeds = dict.fromkeys(world.controls, (None,)) | dict.fromkeys(world.rows, SEEDS)
             parts += [f"## {world.what}", table(world.results, rows, seeds)]
+            if by_label := labelled(world.results, {k: v for k, v in LABELLED.items() if k in world.rows}, SEEDS):
+                parts += [f"### {world.model}: the quality of labels", by_label]
     text = "\n\n".join(parts)
     (ROOT / "docs" / "leaderboard.md").write_text(text + "\n")
     return text

@@ -95,5 +95,20 @@ def table(results: Path, rows: Mapping[str, str], seeds: Mapping[str, Sequence[i
     return "\n\n".join(out)
 
 
+def labelled(results: Path, rows: Mapping[str, str], seeds: Sequence[int]) -> str:
+    """DPO by who labelled its pairs, from the same results; empty where fewer than two of ``rows`` were run."""
+    base = torch.tensor(json.loads((results / "base.json").read_text())["values"]["exact"])
+    lines = ["| row | labels by | seeds | exact | gain over the base, 95 % |", "|---|---|---|---|---|"]
+    for name, who in rows.items():
+        files = [f for s in seeds if (f := results / f"{name}-{s}.json").exists()]
+        if not files:
+            continue
+        exact = torch.tensor([json.loads(f.read_text())["values"]["exact"] for f in files])
+        e = stats.bootstrap_mean(exact - base)
+        shown = f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]"
+        lines.append(f"| {name} | {who} | {len(files)} | {exact.mean():.3f} | {shown} |")
+    return "\n".join(lines) if len(lines) > 3 else ""
+
+
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)

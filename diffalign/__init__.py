@@ -10,10 +10,16 @@ except PackageNotFoundError:  # a checkout that was never installed
 
 if TYPE_CHECKING:
     from diffalign.api import (
+        CPOConfig,
+        CPOTrainer,
         DPOConfig,
         DPOTrainer,
+        KTOConfig,
+        KTOTrainer,
         MaPOConfig,
         MaPOTrainer,
+        ORPOConfig,
+        ORPOTrainer,
         SFTConfig,
         SFTTrainer,
         Trainer,
@@ -23,10 +29,16 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "CPOConfig",
+    "CPOTrainer",
     "DPOConfig",
     "DPOTrainer",
+    "KTOConfig",
+    "KTOTrainer",
     "MaPOConfig",
     "MaPOTrainer",
+    "ORPOConfig",
+    "ORPOTrainer",
     "SFTConfig",
     "SFTTrainer",
     "Trainer",

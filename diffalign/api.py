@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -13,6 +13,8 @@ from diffalign.building import ready_model
 from diffalign.evaluation import EvaluateSpec
 from diffalign.models import LoRA, ModelSpec
 from diffalign.objectives import SFT, MaPO, Objective, Sigmoid
+from diffalign.objectives.reference_free import CPO, ORPO, SimPO
+from diffalign.objectives.unpaired import KTO
 from diffalign.recipes import Run, TrainConfig, evaluate_run, train
 from diffalign.sampling import Sampler
 from diffalign.spec import validate
@@ -45,8 +47,12 @@ class TrainerConfig(TrainSettings):
     """``latest``, ``auto`` or a checkpoint folder."""
 
     @abstractmethod
-    def objective(self) -> Objective:
-        """The loss."""
+    def objective(self) -> Objective | tuple[Objective, ...]:
+        """The loss, or losses that are summed."""
+
+    def data(self) -> dict[str, Any]:
+        """Settings of the ``data`` section that are this trainer's own."""
+        return {}
 
 
 class DPOConfig(TrainerConfig):
@@ -69,6 +75,56 @@ class MaPOConfig(TrainerConfig):
 
     def objective(self) -> Objective:
         return MaPO(beta=self.beta)
+
+
+class KTOConfig(TrainerConfig):
+    """Diffusion-KTO (Li et al. 2024): single images, good or bad."""
+
+    beta: float = Field(default=5000.0, gt=0)
+    """Strength of the pull to the reference."""
+    kappa: float = Field(default=1.0, gt=0)
+    """1 in the authors' code."""
+    desirable_weight: float = Field(default=1.0, ge=0)
+    undesirable_weight: float = Field(default=1.0, ge=0)
+    positive_share: float | None = Field(default=None, gt=0, lt=1)
+    """Weigh labels so that good images carry this share; 0.8 in the paper."""
+
+    def objective(self) -> Objective:
+        names = ("beta", "kappa", "desirable_weight", "undesirable_weight")
+        return KTO(**{name: getattr(self, name) for name in names})
+
+    def data(self) -> dict[str, Any]:
+        return {"positive_share": self.positive_share}
+
+
+class CPOConfig(TrainerConfig):
+    """Contrastive PO (Xu et al. 2024) and, by ``loss_type``, SimPO (Meng et al. 2024), without a reference."""
+
+    loss_type: Literal["sigmoid", "simpo"] = "sigmoid"
+    beta: float = Field(default=500.0, gt=0)
+    """Scale of the errors' difference, times 1/2; it does not transfer between models."""
+    cpo_alpha: float = Field(default=1.0, ge=0)
+    """Weight of the winner's error; 0 with ``simpo`` is SimPO alone."""
+    simpo_gamma: float = Field(default=0.5, ge=0)
+    """The margin that ``simpo`` asks for."""
+
+    def objective(self) -> Objective | tuple[Objective, ...]:
+        if self.loss_type == "sigmoid":
+            return CPO(beta=self.beta, cpo_alpha=self.cpo_alpha)
+        simpo = SimPO(beta=self.beta, simpo_gamma=self.simpo_gamma)
+        return (simpo, SFT(weight=self.cpo_alpha)) if self.cpo_alpha else simpo
+
+
+class ORPOConfig(TrainerConfig):
+    """Odds-ratio PO (Hong et al. 2024), without a reference."""
+
+    beta: float = Field(default=0.1, gt=0)
+    """Weight of the odds beside the winner's error: the paper's lambda, as in TRL."""
+    scale: float = Field(default=10.0, gt=0)
+    """An image's probability is exp(-scale e / 2) of its error."""
+
+    def objective(self) -> Objective:
+        return ORPO(beta=self.scale, orpo_lambda=self.beta)
 
 
 class SFTConfig(TrainerConfig):
@@ -97,6 +153,7 @@ class Trainer:
     config_class: ClassVar[type[TrainerConfig]]
 
     def __init__(self, model: str | Path | ModelSpec, args: TrainerConfig, train_dataset: str | Path | Rows) -> None:
+        from diffalign.data.examples import labels_in
         from diffalign.data.pairs import pairs_of
         from diffalign.errors import ConfigError
 
@@ -104,12 +161,15 @@ class Trainer:
             raise ConfigError(f"args: {type(self).__name__} needs a {self.config_class.__name__}, got {type(args).__name__}")
         spec = model if isinstance(model, ModelSpec) else ModelSpec(path=str(model))
         path = str(train_dataset) if isinstance(train_dataset, str | Path) else "rows in memory"
-        self.pairs = None if isinstance(train_dataset, str | Path) else pairs_of(train_dataset)
+        objective = args.objective()
+        parts = objective if isinstance(objective, tuple) else (objective,)
+        read = labels_in if parts[0].data == "labels" else pairs_of
+        self.rows = None if isinstance(train_dataset, str | Path) else read(train_dataset)
         settings = {name: getattr(args, name) for name in TrainSettings.model_fields}
         sections = {
             "model": spec.model_copy(update={"lora": args.lora}),
-            "data": DataSpec(path=path, holdout=args.holdout, resolution=args.resolution, buckets=args.buckets),
-            "objective": (args.objective(),),
+            "data": DataSpec(path=path, holdout=args.holdout, resolution=args.resolution, buckets=args.buckets, **args.data()),
+            "objective": parts,
             "timesteps": args.timesteps,
             "train": TrainSettings(**settings),
             "evaluate": args.evaluate,
@@ -120,7 +180,7 @@ class Trainer:
 
     def train(self) -> Run:
         """Train, export and, if asked, evaluate; returns the run's folder and metrics."""
-        return train(self.config, self.pairs)
+        return train(self.config, self.rows)
 
 
 class DPOTrainer(Trainer):
@@ -133,6 +193,24 @@ class MaPOTrainer(Trainer):
     """Like :class:`DPOTrainer`, without a reference model."""
 
     config_class = MaPOConfig
+
+
+class KTOTrainer(Trainer):
+    """On single images: rows with ``prompt``, ``image`` and ``label`` (1 good, 0 bad), or pairs, which are taken apart."""
+
+    config_class = KTOConfig
+
+
+class CPOTrainer(Trainer):
+    """Like :class:`DPOTrainer`, without a reference model: CPO or SimPO."""
+
+    config_class = CPOConfig
+
+
+class ORPOTrainer(Trainer):
+    """Like :class:`DPOTrainer`, without a reference model."""
+
+    config_class = ORPOConfig
 
 
 class SFTTrainer(Trainer):

@@ -73,7 +73,8 @@ class Estimator:
         frozen = network_bytes(model, spec.quantization)
         weights = size_of(trainable.values())
         reference = config.reference if config.rounds is None else round_config(config, config.rounds.count).reference
-        copies = len(model.named_weights.snapshots) + (s.ema_decay > 0) + s.load_best + reference.copies
+        lagged = config.coupling.noise == "replay" and config.coupling.replay_every > 1
+        copies = len(model.named_weights.snapshots) + (s.ema_decay > 0) + s.load_best + reference.copies + lagged
         adam = optimizer_bytes(trainable.values(), s.optimizer)
         vae, *encoders = (size_of(t for t in tensors(m) if not t.requires_grad) for m in encoders_of(model))
         step: Meter = on_fake(
@@ -211,7 +212,7 @@ def blank_batch(
 def batch_of(model: Model, config: TrainConfig, size: tuple[int, int]) -> Batch:
     """A micro-batch of the kind that the configuration trains on."""
     rows, data = config.train.per_device_train_batch_size, config.total.data
-    pictures = {"pairs": 2, "labels": 1, "groups": config.data.group_size}[data]
+    pictures = {"pairs": 1 if config.coupling.noise == "replay" else 2, "labels": 1, "groups": config.data.group_size}[data]
     return blank_batch(model, rows, size, blank_texts(model, rows), data, pictures, config.coupling.draws)
 
 

@@ -40,9 +40,11 @@ def consistent(c: TrainConfig) -> None:
         return
     if c.data != DataSpec():
         raise ValueError("data is about stored examples, but online samples its own: drop data")
-    if c.train.caption_dropout or c.coupling.captions == "own" or c.coupling.noise in ("stored", "inverted"):
+    stored = c.train.caption_dropout or c.train.balance_kinds is not None
+    if stored or c.coupling.captions == "own" or c.coupling.noise in ("stored", "inverted", "replay"):
         raise ValueError(
-            "caption_dropout, coupling.captions: own, and stored or inverted noise are about stored examples: drop them"
+            "caption_dropout, balance_kinds, coupling.captions: own, and stored, inverted or replayed noise are about stored "
+            "examples: drop them"
         )
     if c.train.gradient_accumulation_steps > 1:
         raise ValueError(

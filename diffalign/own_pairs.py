@@ -1,4 +1,4 @@
-"""Preference pairs from a model's own samples, in one go: generated, scored and paired."""
+"""Preference pairs, and groups, from a model's own samples, in one go: generated, scored and paired."""
 
 from __future__ import annotations
 
@@ -41,7 +41,11 @@ class PairsConfig(Spec):
     scorers: list[str] = Field(default=["shapes"], min_length=1)
     reward: dict[str, float] = Field(default={"score": 0.8, "cleanliness": 0.2}, min_length=1)
     """Weights of the scorers' values."""
+    units: Literal["native", "rank"] = "native"
+    """``rank``: of each value its rank within the prompt, 0 worst to 1 best: an ensemble whose scales differ."""
     rule: Annotated[PairRule, PAIR_RULES] = BestWorst()
+    group_size: int | None = Field(default=None, ge=2)
+    """Also keep groups/, for losses on groups: this many images of each prompt, evenly from the best to the worst."""
     shard_size: int = Field(default=100, ge=1)
     """Prompts per shard; a killed run goes on at the first missing shard."""
     split_salt: str = ""
@@ -53,7 +57,7 @@ class Shard:
 
     def __init__(self, model: Model, spec: ModelSpec, adapter: str | None, seed: int, sampling: Sampler) -> None:
         self.seed, self.source = seed, spec.path
-        self.rows: dict[str, list[dict[str, Any]]] = {"images": [], "scores": [], "pairs": []}
+        self.rows: dict[str, list[dict[str, Any]]] = {"images": [], "scores": [], "groups": [], "pairs": []}
         self.known: set[str] = set()
         self.shared = {
             "seed": seed, "model": spec.path, "revision": spec.revision, "adapter": adapter,
@@ -106,30 +110,41 @@ class Shard:
             "chosen_id": chosen, "rejected_id": rejected, "source": self.source, **more,
         })  # fmt: skip
 
+    def group(self, prompt: Prompt, names: Sequence[str], rewards: Sequence[float], said: str) -> None:
+        """A group of ids, best first."""
+        self.rows["groups"].append({
+            "group_id": f"{prompt.id}-{self.seed}", "prompt_id": prompt.id, "prompt": prompt.text, "scores": said,
+            "image_ids": list(names), "rewards": list(rewards),
+        })  # fmt: skip
+
     def write(self, folder: Path, index: int) -> list[dict[str, Any]]:
-        """Write images and scores; the pairs are returned, to be written last."""
+        """Write images, scores and groups, if there are any; the pairs are returned, to be written last."""
         from diffalign.data.tables import write_shard
 
-        write_shard(folder, "images", index, self.rows["images"])
-        write_shard(folder, "scores", index, self.rows["scores"])
+        for table in ("images", "scores", *(["groups"] if self.rows["groups"] else [])):
+            write_shard(folder, table, index, self.rows[table])
         return self.rows["pairs"]
 
 
 def rewarded(
-    scorers: Sequence[Scorer], weights: Mapping[str, float], prompts: Sequence[Prompt], images: Tensor
+    scorers: Sequence[Scorer],
+    weights: Mapping[str, float],
+    prompts: Sequence[Prompt],
+    images: Tensor,
+    units: Literal["native", "rank"] = "native",
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Scores of (P, K, 3, H, W) images, and the reward that is weighed of them: name to (P, K), and (P, K).
 
     Raises:
         ConfigError: no scorer gives a value that the reward is made of, or some prompts do not ask for it.
     """
-    from diffalign.scorers.combine import weighted
+    from diffalign.scorers.combine import rank, weighted
     from diffalign.train.evaluate import score_images
 
     values = score_images(scorers, [p.text for p in prompts], images)
     if unknown := set(weights) - set(values):
         raise ConfigError(f"reward: no scorer gives {sorted(unknown)[0]!r}", hint=f"given: {', '.join(values)}")
-    reward = weighted(values, weights)
+    reward = weighted({n: rank(v) for n, v in values.items()} if units == "rank" else values, weights)
     if not reward.isfinite().all():
         raise ConfigError("reward: some prompts do not ask for one of its values", hint="weigh score, exact or cleanliness")
     return values, reward
@@ -139,6 +154,7 @@ def make_pairs(config: PairsConfig) -> Path:
     """Generate, score and pair; only images that stand in a pair are kept. Resumes shard by shard."""
     from tqdm import tqdm
 
+    from diffalign.data.examples import evenly
     from diffalign.data.tables import run_shards
     from diffalign.sampling import generate
 
@@ -155,19 +171,30 @@ def make_pairs(config: PairsConfig) -> Path:
         mine = prompts[n * config.shard_size : (n + 1) * config.shard_size]
         k = config.images_per_prompt
         images = generate(model, mine, config.sampling, per_prompt=k, seed=config.seed, on_batch=bar.update)
-        values, reward = rewarded(scorers, config.reward, mine, images)
+        values, reward = rewarded(scorers, config.reward, mine, images, config.units)
         out = Shard(model, config.model, config.adapter, config.seed, config.sampling)
         for i, prompt in enumerate(mine):
-            for preference in config.rule(Group(reward[i].tolist(), {n: v[i].tolist() for n, v in values.items()})):
+            group = Group(reward[i].tolist(), {n: v[i].tolist() for n, v in values.items()})
+
+            def kept(some: Sequence[int], i: int = i, prompt: Prompt = prompt) -> list[str]:
+                measured = [{n: values[n][i, j].item() for n in config.reward} for j in some]
+                return [out.sampled(prompt, j, images[i, j], v) for j, v in zip(some, measured, strict=True)]
+
+            for preference in config.rule(group):
                 both = (preference.chosen, preference.rejected)
-                ids = [out.sampled(prompt, j, images[i, j], {n: values[n][i, j].item() for n in config.reward}) for j in both]
+                ids = kept(both)
                 out.pair(
                     f"{prompt.id}-{config.seed}-{both[0]}-{both[1]}", prompt, *ids, rule=dump(config.rule).strip(),
                     scores=said, margins=json.dumps({"reward": round(preference.margin, 6)}),
                 )  # fmt: skip
+            if config.group_size is not None:
+                listed = evenly(group.order(), config.group_size)
+                out.group(prompt, kept(listed), [group.reward[j] for j in listed], said)
         return out.write(folder, n)
 
-    plan = {k: v for k, v in config.model_dump(mode="json").items() if k != "output_dir"}
+    # what is at its default stays unsaid, so that a folder made before there was such a setting goes on
+    unsaid = {"output_dir"} | {k for k in ("units", "group_size") if k not in config.model_fields_set}
+    plan = config.model_dump(mode="json", exclude=unsaid)
     run_shards(folder, "pairs", plan, -(-len(prompts) // config.shard_size), shard)
     bar.close()
     return folder

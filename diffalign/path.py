@@ -96,9 +96,13 @@ def error_weight(kind: Kind, c: Coeffs) -> Tensor:
             return torch.ones_like(c.sigma)
 
 
-def denoise_error(prediction: Tensor, wanted: Tensor) -> Tensor:
-    """Mean squared error per sample, (B,), in fp32: half precision loses the differences that preferences are made of."""
-    return (prediction.float() - wanted.float()).square().flatten(1).mean(1)
+def denoise_error(prediction: Tensor, wanted: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean squared error per sample, (B,), in fp32: half precision loses the differences that preferences are made of.
+
+    ``weight`` (B, 1, H, W) multiplies the squares before the mean.
+    """
+    square = (prediction.float() - wanted.float()).square()
+    return (square if weight is None else square * weight).flatten(1).mean(1)
 
 
 def step_mean(x0: Tensor, eps: Tensor, c_next: Coeffs, k: Tensor) -> Tensor:

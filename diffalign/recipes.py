@@ -35,7 +35,7 @@ from diffalign.train.state import TrainSettings, TrainState, checkpoints, make_o
 from diffalign.training_data import DataSpec, consistent, offline_feeds
 
 if TYPE_CHECKING:
-    from diffalign.data.pairs import Pair
+    from diffalign.training_data import Rows
 
 
 Objectives = OBJECTIVES.one_or_more() if not TYPE_CHECKING else tuple[Objective, ...]
@@ -89,7 +89,7 @@ class TrainConfig(Spec):
     @property
     def total(self) -> Total:
         """The objectives as one."""
-        return Total(self.objective, self.train.protect_winner)
+        return Total(self.objective, self.train.protect_winner, self.train.balance_kinds)
 
 
 def licences(config: TrainConfig) -> list[dict[str, str | None]]:
@@ -152,12 +152,11 @@ def resume_point(config: TrainConfig) -> Path | None:
     return None
 
 
-def train(
-    config: TrainConfig, pairs: Sequence[Pair] | None = None, finished: Callable[[Path], object] = lambda folder: None
-) -> Run:
+def train(config: TrainConfig, pairs: Rows | None = None, finished: Callable[[Path], object] = lambda folder: None) -> Run:
     """The whole of ``diffalign train``: one run, or rounds of them. Every process of a launch calls it.
 
-    ``pairs`` in memory stand in for those at ``config.data.path``; ``finished`` hears of each round's folder.
+    ``pairs`` in memory, or single images with labels, stand in for those at ``config.data.path``; ``finished`` hears of each
+    round's folder.
     """
     import torch
 
@@ -173,7 +172,7 @@ def train(
     return run
 
 
-def train_once(config: TrainConfig, pairs: Sequence[Pair] | None = None) -> Run:
+def train_once(config: TrainConfig, pairs: Rows | None = None) -> Run:
     """Fit, export, evaluate."""
     import torch
     from accelerate.utils import set_seed

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from diffalign.recipes import TrainConfig
     from diffalign.train.feeds import Offline
 
+    Rows = Sequence[Pair] | Sequence[Example]
+    """What is given in memory instead of a path: pairs, or single images with labels."""
+
 
 class Labels(Spec):
     """The ``data.labels`` section: single images of a scored dataset folder, good or bad."""
@@ -62,6 +65,10 @@ class DataSpec(Spec):
     """Divide scores by the standard deviation of all training scores."""
     curriculum: Curriculum | None = None
     """Bring pairs in by their gap in score, the clearest first."""
+    maps: Literal["region", "segments", "judged_region", "judged_segments"] | None = None
+    """Where a pair counts. ``region``: errors are means weighted by that column, a picture of weights or a box; ``segments``:
+    sums over the column's boxes with labels, 1 where the winner is better and -1 where the loser is. ``judged_``: by the judge
+    of the built-in world, from the objects that are wrong."""
     positive_share: float | None = Field(default=None, gt=0, lt=1)
     """Of labels: weigh them so that good images carry this share."""
     group_size: int = Field(default=4, ge=2)
@@ -85,6 +92,9 @@ def consistent(c: TrainConfig) -> None:
         "data.p_win_scale": data.p_win_scale is not None,
         "data.curriculum": data.curriculum is not None,
         "train.protect_winner": c.train.protect_winner is not None,
+        "train.balance_kinds": c.train.balance_kinds is not None,
+        "train.gradient_angle_steps": c.train.gradient_angle_steps > 0,
+        "data.maps": data.maps is not None,
         "coupling.captions: own": c.coupling.captions == "own",
         "data.groups": data.groups is not None,
         "data.profiles": data.profiles is not None,
@@ -95,6 +105,17 @@ def consistent(c: TrainConfig) -> None:
         raise ValueError(f"{wrong[0]} is about pairs, but {names} is about {total.data}: drop it")
     if total.data == "labels" and noise == "shared":
         raise ValueError(f"coupling.noise is shared, but {names} sees single images, each with its own noise: drop it")
+    if noise == "replay":
+        if total.data != "pairs" or "loser" not in total.needs or total.needs & {"scores", "p_win"}:
+            raise ValueError(
+                f"coupling.noise: replay makes losers without scores or labels, but {names} reads others: drop it"
+            )
+        if wrong := [key for key, is_set in pairs_only.items() if is_set]:
+            raise ValueError(f"coupling.noise: replay reads winners alone, but {wrong[0]} is about pairs: drop one")
+    if data.maps is not None and data.maps.endswith("segments") and "reference" not in total.needs:
+        raise ValueError(f"data.maps: {data.maps} adds and subtracts errors, but {names} has no reference: take region")
+    if c.train.balance_kinds is not None and "loser" not in total.needs:
+        raise ValueError(f"train.balance_kinds is about pairs, but {names} reads winners alone: drop it")
     for key, value in (("positive_share", data.positive_share), ("labels", data.labels)):
         if value is not None and total.data != "labels":
             raise ValueError(f"data.{key} is about labels, but {names} is about {total.data}: drop it")
@@ -127,6 +148,8 @@ def build_pairs(spec: DataSpec, seed: int, given: Sequence[Pair] | None = None) 
     pairs = read_pairs(source_of(spec), spec.limit) if given is None else list(given)[: spec.limit]
     if spec.profiles is not None:
         pairs = with_profiles(pairs, spec.profiles)
+    if spec.maps is not None and spec.maps.startswith("judged_"):
+        pairs = judged(pairs)
     keys = [p.prompt for p in pairs] if spec.holdout_by == "prompt" else named(pairs, "user", "data.holdout_by", spec.path)
     training, held = split_by(pairs, keys, spec.holdout)
     if not training:
@@ -137,20 +160,39 @@ def build_pairs(spec: DataSpec, seed: int, given: Sequence[Pair] | None = None) 
     return tuple([flipped(p) if spec.swap_labels else p for p in some] for some in (training, held))  # type: ignore[return-value]
 
 
-def build_examples(config: TrainConfig, given: Sequence[Pair] | None = None) -> tuple[list[Example], list[Example]]:
+def judged(pairs: Sequence[Pair]) -> list[Pair]:
+    """Pairs of the built-in world with the judge's maps. It comes before labels are exchanged, which takes segments along."""
+    from dataclasses import replace
+
+    from diffalign.data.maps import Maps
+    from diffalign.shapes.maps import maps_of
+
+    out: list[Pair] = []
+    for start in range(0, len(pairs), 256):
+        some = pairs[start : start + 256]
+        found = maps_of([p.chosen.load() for p in some], [p.rejected.load() for p in some], [p.prompt for p in some])
+        out += [replace(p, maps=Maps(*m, p.chosen.where)) for p, m in zip(some, found, strict=True)]
+    return out
+
+
+def build_examples(config: TrainConfig, given: Rows | None = None) -> tuple[list[Example], list[Example]]:
     """(training, held out) examples of the kind that the objective is about.
 
     Raises:
         DataError: the data lacks what the objective reads; names the column.
     """
     from diffalign.data.examples import balanced, labels_of, read_groups, read_labels, read_rated
-    from diffalign.data.pairs import split_by_prompt
+    from diffalign.data.pairs import Pair, split_by_prompt
 
     spec, total = config.data, config.total
     source = source_of(spec)
     match total.data:
+        case "pairs" if config.coupling.noise == "replay":
+            found = labels_of(given) if given is not None else read_labels(source, spec.limit)
+            training, held = split_by_prompt([x for x in found if x.good], spec.holdout)
         case "pairs":
-            training, held = (_of_pairs(some, spec) for some in build_pairs(spec, config.train.seed, given))
+            rows = None if given is None else [p for p in given if isinstance(p, Pair)]
+            training, held = (_of_pairs(some, spec) for some in build_pairs(spec, config.train.seed, rows))
         case "labels":
             if given is not None:
                 found = labels_of(given)
@@ -177,6 +219,8 @@ def build_examples(config: TrainConfig, given: Sequence[Pair] | None = None) -> 
         raise DataError(
             f"{spec.path}: coupling.captions is own, but no loser has a caption of its own", hint="add rejected_prompt"
         )
+    if config.train.balance_kinds is not None and len({x.kind for x in training}) < 2:
+        raise DataError(f"{spec.path}: all pairs are of one kind", hint="fill the column kind with 0 and 1")
     training, held = scored(training, training, spec), scored(held, training, spec)
     return (balanced(training, spec.positive_share) if spec.positive_share else training), held
 
@@ -225,7 +269,7 @@ def scored(examples: Sequence[Example], of: Sequence[Example], spec: DataSpec) -
 
 
 def offline_feeds(
-    config: TrainConfig, model: Model, accelerator: Any, asked: Sequence[Prompt], given: Sequence[Pair] | None = None
+    config: TrainConfig, model: Model, accelerator: Any, asked: Sequence[Prompt], given: Rows | None = None
 ) -> tuple[Offline, Offline | None]:
     """The feed of training and that of what is held out, everything encoded; no training prompt is one of ``asked``."""
     from diffalign.data.pairs import apart
@@ -242,6 +286,7 @@ def offline_feeds(
         "seed": s.seed,
         "data": total.data,
         "coupling": config.coupling,
+        "maps": spec.maps.removeprefix("judged_") if spec.maps else None,
     }
 
     def feed_of(examples: Sequence[Example], **more: Any) -> Offline:

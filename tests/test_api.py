@@ -13,7 +13,20 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import diffalign
-from diffalign import DPOConfig, DPOTrainer, MaPOConfig, MaPOTrainer, SFTConfig, SFTTrainer
+from diffalign import (
+    CPOConfig,
+    CPOTrainer,
+    DPOConfig,
+    DPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    MaPOConfig,
+    MaPOTrainer,
+    ORPOConfig,
+    ORPOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 from diffalign.errors import ConfigError, DataError
 from diffalign.models import LoRA, ModelSpec
 from diffalign.recipes import TrainConfig, train
@@ -45,7 +58,10 @@ def test_a_trainer_is_the_command(tiny: Path, pairs_csv: Path, tmp_path: Path) -
     assert resolved.objective[0].beta == 700
 
 
-@pytest.mark.parametrize(("trainer", "config"), [(DPOTrainer, DPOConfig), (MaPOTrainer, MaPOConfig), (SFTTrainer, SFTConfig)])
+TRAINERS = [(DPOTrainer, DPOConfig), (MaPOTrainer, MaPOConfig), (KTOTrainer, KTOConfig), (SFTTrainer, SFTConfig)]
+
+
+@pytest.mark.parametrize(("trainer", "config"), TRAINERS)
 def test_rows_in_memory_train(trainer: type, config: type, tiny: Path, pairs_csv: Path, tmp_path: Path) -> None:
     from datasets import Dataset
 
@@ -55,6 +71,39 @@ def test_rows_in_memory_train(trainer: type, config: type, tiny: Path, pairs_csv
         args = config(output_dir=str(tmp_path / name), **SETTINGS)
         results.append(weights(trainer(model=ModelSpec(path=str(tiny)), args=args, train_dataset=data).train().folder))
     assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
+
+
+def test_labelled_rows_train_and_are_the_table(tiny: Path, pairs_csv: Path, tmp_path: Path) -> None:
+    """The same images as rows with labels, as pairs that are taken apart, and as the table on disk."""
+    given = rows(pairs_csv)
+    apart = [{"prompt": r["prompt"], "image": r[k], "label": k == "chosen"} for r in given for k in ("chosen", "rejected")]
+    results = []
+    for name, data in (("labels", apart), ("pairs", given), ("table", pairs_csv)):
+        args = KTOConfig(output_dir=str(tmp_path / name), positive_share=0.8, **SETTINGS)
+        results.append(weights(KTOTrainer(model=tiny, args=args, train_dataset=data).train().folder))
+    assert all(torch.equal(results[0][k], x[k]) for x in results for k in x)
+    with pytest.raises(DataError, match="train_dataset, row 1: no image; found prompt, label"):
+        KTOTrainer(model=tiny, args=args, train_dataset=[{"prompt": "a", "label": 1}])
+
+
+@pytest.mark.parametrize(
+    ("trainer", "args", "wanted"),
+    [
+        (CPOTrainer, CPOConfig(output_dir="x", beta=300, cpo_alpha=0.5), ["cpo 300 0.5"]),
+        (CPOTrainer, CPOConfig(output_dir="x", loss_type="simpo", cpo_alpha=0), ["simpo 500 0.5"]),
+        (CPOTrainer, CPOConfig(output_dir="x", loss_type="simpo", cpo_alpha=2), ["simpo 500 0.5", "sft 2"]),
+        (ORPOTrainer, ORPOConfig(output_dir="x", beta=0.2), ["orpo 10 0.2"]),
+        (KTOTrainer, KTOConfig(output_dir="x", undesirable_weight=2), ["kto 5000 1"]),
+    ],
+)
+def test_trainers_without_a_reference_and_of_labels(trainer: type, args: object, wanted: list[str], tmp_path: Path) -> None:
+    config = trainer(model="shapes-unet", args=args, train_dataset="shapes-pairs").config
+    second = {"cpo": "cpo_alpha", "simpo": "simpo_gamma", "orpo": "orpo_lambda", "kto": "kappa"}
+    said = [
+        f"sft {o.weight:g}" if o.type == "sft" else f"{o.type} {o.beta:g} {getattr(o, second[o.type]):g}"
+        for o in config.objective
+    ]
+    assert said == wanted
 
 
 def test_generate_with_a_trained_adapter(tiny: Path, pairs_csv: Path, tmp_path: Path) -> None:

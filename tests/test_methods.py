@@ -539,3 +539,26 @@ def test_an_adapter_is_on_for_the_unconditional_half_alone(name: str, load: Any,
         torch.testing.assert_close(plain(*args_c, **kwargs_c)[0], there)
     with pytest.raises(ValueError, match="needs guidance"):
         pipe(**{**both, "guidance_scale": 1.0})
+
+
+def test_our_own_sampling_is_guided_away_as_well(model: Any) -> None:
+    from side_by_side import disturb
+
+    from diffalign.models.guidance import guided_away
+
+    weights = {n: p.detach().clone() for n, p in model.named_weights.trainable().items()}
+    disturb(model)
+    x, t = torch.randn(2, *model.latent_shape), model.timestep(torch.tensor([0.4, 0.8]))
+    cond, none = model.encode_prompts(["a red circle", "a blue square"]), model.encode_prompts([None, None])
+    with torch.no_grad():
+        away = model.predict(x, t, none)
+        with model.weights("reference"):
+            there = model.predict(x, t, cond)
+        plain = model.predict(x, t, cond, 2.0)
+        with guided_away(model):
+            torch.testing.assert_close(model.predict(x, t, cond, 2.0), away + 2 * (there - away))
+            with pytest.raises(ValueError, match="needs guidance"):
+                model.predict(x, t, cond)
+        torch.testing.assert_close(model.predict(x, t, cond, 2.0), plain)
+        for n, p in model.named_weights.trainable().items():
+            p.copy_(weights[n])

@@ -8,7 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from diffalign.data.pairs import Pair, Picture, own_pictures, picture_source, read_pairs, rows_of, table_rows
+from diffalign.data.maps import Maps
+from diffalign.data.pairs import Pair, Picture, own_pictures, pairs_of, picture_source, read_pairs, rows_of, table_rows
 from diffalign.data.scores import read_scored
 from diffalign.errors import DataError
 
@@ -24,6 +25,8 @@ class Example:
     p_win: float = 1.0
     good: bool = True
     weight: float = 1.0
+    kind: int = 0
+    maps: Maps | None = None
     group: str | None = None
     """Whom it comes from, where that matters."""
     profile: str = ""
@@ -41,12 +44,18 @@ class Example:
 
 def of_pair(pair: Pair) -> Example:
     """A pair as an example."""
-    pictures = (pair.chosen, pair.rejected)
-    return Example(pictures, pair.prompts, pair.scores, pair.p_win, weight=pair.weight, profile=pair.profile)
+    both, extra = (pair.chosen, pair.rejected), (pair.scores, pair.p_win)
+    return Example(both, pair.prompts, *extra, weight=pair.weight, profile=pair.profile, kind=pair.kind, maps=pair.maps)
 
 
-def labels_of(pairs: Sequence[Pair]) -> list[Example]:
-    """Single images from pairs: good if it won at least once with its caption, bad otherwise (Diffusion-KTO, section 4.3)."""
+def labels_of(pairs: Sequence[Pair] | Sequence[Example]) -> list[Example]:
+    """Single images from pairs: good if it won at least once with its caption, bad otherwise (Diffusion-KTO, section 4.3).
+
+    What are examples already stays.
+    """
+    if labels := [x for x in pairs if isinstance(x, Example)]:
+        return labels
+    pairs = [p for p in pairs if isinstance(p, Pair)]
     won = {(p.prompt, p.chosen.key) for p in pairs}
     out: dict[tuple[str, str], Example] = {}
     for pair in pairs:
@@ -78,8 +87,20 @@ def read_labels(source: str, limit: int | None = None) -> list[Example]:
     path = Path(source)
     if _has(path, "label"):
         rows = islice(table_rows(path), limit)
-        return [_label(row, path, f"{source}, row {n}") for n, row in enumerate(rows, 1)]
+        return [_label(row, path.parent, f"{source}, row {n}") for n, row in enumerate(rows, 1)]
     return labels_of(read_pairs(source, limit))
+
+
+def labels_in(rows: Iterable[Mapping[str, Any]], where: str = "train_dataset") -> list[Example]:
+    """Single images of rows in memory with ``prompt``, ``image`` and ``label``, or of pairs with ``chosen`` and ``rejected``.
+
+    Raises:
+        DataError: as :func:`read_labels`.
+    """
+    given = list(rows)
+    if given and "chosen" in given[0]:
+        return labels_of(pairs_of(given, where))
+    return [_label(row, None, f"{where}, row {n}") for n, row in enumerate(given, 1)]
 
 
 def read_rated(source: str, score: str, at: float, limit: int | None = None) -> list[Example]:
@@ -105,11 +126,11 @@ def _has(path: Path, column: str) -> bool:
     return path.is_file() and column in next(table_rows(path), {})
 
 
-def _label(row: Mapping[str, Any], path: Path, where: str) -> Example:
+def _label(row: Mapping[str, Any], folder: Path | None, where: str) -> Example:
     _columns(row, ("prompt", "image", "label"), where)
     if row["label"] not in (0, 1):
         raise DataError(f"{where}: label must be 1 (good) or 0 (bad), got {row['label']!r}")
-    picture = Picture(picture_source(row["image"], path.parent, where), where)
+    picture = Picture(picture_source(row["image"], folder, where), where)
     return Example((picture,), (str(row["prompt"]),), good=bool(row["label"]))
 
 
@@ -164,11 +185,15 @@ def _columns(row: Mapping[str, Any], names: Sequence[str], where: str) -> None:
             raise DataError(f"{where}: no {name}; found {', '.join(map(str, row))}")
 
 
+def evenly(order: Sequence[int], size: int) -> list[int]:
+    """``size`` of these at even distances, the first and the last among them."""
+    return [order[round(j * (len(order) - 1) / max(1, size - 1))] for j in range(size)]
+
+
 def spread(group: Example, size: int) -> Example:
     """``size`` images of a group, evenly from the best to the worst, in that order."""
     assert group.scores is not None
-    order = sorted(range(len(group.pictures)), key=lambda i: -group.scores[i])  # type: ignore[index]
-    some = [order[round(j * (len(order) - 1) / max(1, size - 1))] for j in range(size)]
+    some = evenly(sorted(range(len(group.pictures)), key=lambda i: -group.scores[i]), size)  # type: ignore[index]
     return replace(
         group,
         pictures=tuple(group.pictures[i] for i in some),

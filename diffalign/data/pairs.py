@@ -15,6 +15,7 @@ from PIL import Image
 
 from diffalign.data import images
 from diffalign.data.album import Album
+from diffalign.data.maps import Maps, boxed, labelled
 from diffalign.data.prompts import normalised
 from diffalign.data.sources import undecoded
 from diffalign.data.tables import read_table
@@ -99,6 +100,10 @@ class Pair:
     rejected_prompt: str | None = None
     """The loser's own caption, where it has one."""
     weight: float = 1.0
+    kind: int = 0
+    """Which of two kinds of pairs it is, 0 or 1."""
+    maps: Maps | None = None
+    """Where it counts."""
     pair_id: str | None = None
     user: str | None = None
     group: str | None = None
@@ -196,12 +201,14 @@ def shuffled_labels(pairs: Sequence[Pair], seed: int, share: float = 0.5) -> lis
 def flipped(pair: Pair) -> Pair:
     """The opposite label; captions stay with their pictures, scores go with the label."""
     prompt, other = (pair.prompt, None) if pair.rejected_prompt is None else (pair.rejected_prompt, pair.prompt)
-    return replace(pair, prompt=prompt, rejected_prompt=other, chosen=pair.rejected, rejected=pair.chosen)
+    maps = pair.maps.flipped() if pair.maps is not None else None
+    return replace(pair, prompt=prompt, rejected_prompt=other, chosen=pair.rejected, rejected=pair.chosen, maps=maps)
 
 
 def _own(folder: Path) -> Iterator[Pair]:
     pictures = own_pictures(folder)
-    for row in rows_of(folder, "pairs", PAIR_COLUMNS, ("margins", "rejected_prompt", "weight", *WHO)):
+    wanted = ("margins", "rejected_prompt", "weight", *WHO, "kind", "region", "segments")
+    for row in rows_of(folder, "pairs", PAIR_COLUMNS, wanted):
         where = f"{folder}/pairs, pair {row['pair_id']}"
         for side in ("chosen_id", "rejected_id"):
             if row[side] is None:
@@ -216,7 +223,7 @@ def _own(folder: Path) -> Iterator[Pair]:
                 scores=_margin(row.get("margins"), where),
                 rejected_prompt=row.get("rejected_prompt") or None,
                 weight=1.0 if weight is None else float(weight),
-                pair_id=row["pair_id"], **_who(row),
+                pair_id=row["pair_id"], kind=_kind(row.get("kind"), where), maps=_maps(row, folder, where), **_who(row),
             )  # fmt: skip
 
 
@@ -291,6 +298,8 @@ def _table(rows: Iterator[Mapping[str, Any]], folder: Path | None, where: str) -
             _p_win(row.get("p_win"), at),
             _scores(row, at),
             row.get("rejected_prompt") or None,
+            kind=_kind(row.get("kind"), at),
+            maps=_maps(row, folder, at),
             **_who(row),
         )
 
@@ -302,6 +311,20 @@ def _scores(row: Mapping[str, Any], where: str) -> tuple[float, float] | None:
     if not all(isinstance(x, int | float) and math.isfinite(x) for x in found):
         raise DataError(f"{where}: chosen_score and rejected_score must both be numbers, got {found}")
     return float(found[0]), float(found[1])  # type: ignore[arg-type]
+
+
+def _kind(value: Any, where: str) -> int:
+    if value is not None and value not in (0, 1):
+        raise DataError(f"{where}: kind must be 0 or 1, got {value!r}")
+    return int(value or 0)
+
+
+def _maps(row: Mapping[str, Any], folder: Path | None, where: str) -> Maps | None:
+    """What a row says of where it counts: ``region`` is a picture or a box, ``segments`` boxes with labels."""
+    region, segments = row.get("region"), row.get("segments")
+    if region in (None, "") and segments in (None, ""):
+        return None
+    return Maps(boxed(region, where, picture_source, folder), labelled(segments, where), where)
 
 
 def picture_source(value: Any, folder: Path | None, where: str) -> bytes | Path:

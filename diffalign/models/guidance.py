@@ -1,12 +1,16 @@
-"""Guidance away from an adapter, in stock pipelines of diffusers."""
+"""Guidance away from an adapter, in stock pipelines of diffusers and where we sample ourselves."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+
+from diffalign.models.base import Cond, Model
 
 
 def guide_away(pipeline: Any) -> Any:
@@ -39,3 +43,29 @@ def guide_away(pipeline: Any) -> Any:
 
     net.forward = forward
     return pipeline
+
+
+@contextmanager
+def guided_away(model: Model) -> Iterator[None]:
+    """The same for our own model: within it, guided predictions start from what the trained weights say without a prompt.
+
+    Raises:
+        ValueError: a prediction without guidance is asked for.
+    """
+    sampled: Any = model
+    plain = model.predict
+
+    def predict(x: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0, negative: Cond | None = None) -> Tensor:
+        if guidance == 1.0:
+            raise ValueError("guided_away needs guidance: sample with guidance_scale above 1")
+        none = model.encode_prompts([None])[[0] * len(cond)] if negative is None else negative
+        away = plain(x, t, none if cond.frame is None else model.sized(none, cond.frame))
+        with model.weights("reference"):
+            there = plain(x, t, cond)
+        return away + guidance * (there - away)
+
+    sampled.predict = predict
+    try:
+        yield
+    finally:
+        sampled.predict = plain

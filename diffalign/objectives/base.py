@@ -51,6 +51,8 @@ class PairTerms(Terms):
     """(B,) errors under the policy that sampled the pair."""
     overlap: Tensor | None = None
     """(B,) mean product of winner's and loser's residuals, detached."""
+    kind: Tensor | None = None
+    """(B,) which of two kinds of pairs each is, 0 or 1."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,8 @@ def require(value: Tensor | None, name: str) -> Tensor:
 class Total:
     """Several objectives as one: the sum of their losses times their weights.
 
-    ``protect`` is the mu of :func:`diffalign.objectives.safeguards.protected`, which is done before.
+    ``protect`` is the mu of :func:`diffalign.objectives.safeguards.protected`, which is done before; ``balance`` the decay of
+    :func:`diffalign.objectives.safeguards.balanced`, done after.
 
     Raises:
         ValueError: they are about different kinds of data.
@@ -178,6 +181,7 @@ class Total:
 
     parts: tuple[Objective, ...]
     protect: float | None = None
+    balance: float | None = None
 
     def __post_init__(self) -> None:
         if len({p.data for p in self.parts}) > 1:
@@ -204,4 +208,10 @@ class Total:
             outs.append(part(terms, own))
         loss = sum((p.weight * o.loss for p, o in zip(self.parts, outs, strict=True)), start=0 * outs[0].loss)
         metrics = {k: v for o in outs for k, v in o.metrics.items()}
-        return LossOutput(loss, metrics, {f"{i}/{k}": v for i, o in enumerate(outs) for k, v in o.state.items()})
+        after = {f"{i}/{k}": v for i, o in enumerate(outs) for k, v in o.state.items()}
+        if self.balance is not None and isinstance(terms, PairTerms):
+            from diffalign.objectives.safeguards import balanced
+
+            loss, seen, kept = balanced(loss, require(terms.kind, "kind"), state.get("kinds"), self.balance)
+            metrics, after = metrics | seen, after | {"kinds": kept}
+        return LossOutput(loss, metrics, after)

@@ -36,7 +36,7 @@ class RankDPO(Listwise):
     type: Literal["rank_dpo"] = "rank_dpo"
 
     paper: ClassVar[str] = "Karthik et al. 2024, eq. 5-7, arXiv 2410.18013"
-    checked: ClassVar[str] = "by hand; two images at unit weight are sigmoid"
+    checked: ClassVar[str] = "the paper's equations, written again in the test (no code is published); two images are sigmoid"
 
     def utility(self, r: Tensor, scores: Tensor) -> Tensor:
         gain, rank = 2**scores - 1, (-r).argsort(-1).argsort(-1) + 1
@@ -58,7 +58,7 @@ class InfoNCA(Listwise):
     """Temperature of the scores."""
 
     paper: ClassVar[str] = "Chen et al. 2024, arXiv 2402.05369; on noised samples: EDA, arXiv 2407.09024"
-    checked: ClassVar[str] = "by hand; two images with a sure winner are sigmoid"
+    checked: ClassVar[str] = "the code of EDA, written again in the test; two images with a sure winner are sigmoid"
 
     def utility(self, r: Tensor, scores: Tensor) -> Tensor:
         return -((scores / self.alpha).softmax(-1) * r.log_softmax(-1)).sum(-1)
@@ -72,7 +72,7 @@ class NCA(Listwise):
     """Temperature of the scores."""
 
     paper: ClassVar[str] = "Chen et al. 2024, arXiv 2402.05369"
-    checked: ClassVar[str] = "by hand; two images with a sure winner are nca_pair"
+    checked: ClassVar[str] = "by hand; two images with a sure winner are the authors' pairwise code"
 
     def utility(self, r: Tensor, scores: Tensor) -> Tensor:
         return ((scores / self.alpha).softmax(-1) * softplus(-r)).sum(-1) + softplus(r).mean(-1)

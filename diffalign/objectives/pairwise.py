@@ -14,6 +14,7 @@ from torch.nn.functional import logsigmoid, relu, softplus
 from diffalign.objectives.base import LossOutput, Need, Objective, PairTerms, Rewarded, require
 
 TRL = "TRL's formula, written again in the test"
+CODE = "the authors' code, read and written again in the test"
 
 
 def rewards(terms: PairTerms, scale: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -62,7 +63,7 @@ class Sigmoid(Pairwise):
     type: Literal["sigmoid"] = "sigmoid"
 
     paper: ClassVar[str] = "Wallace et al. 2023, arXiv 2311.12908; SPIN: Chen et al. 2024, arXiv 2401.01335"
-    checked: ClassVar[str] = "the authors' formula by hand"
+    checked: ClassVar[str] = CODE
 
     def utility(self, win: Tensor, lose: Tensor, terms: PairTerms) -> Tensor:
         return -logsigmoid(win - lose)
@@ -145,7 +146,7 @@ class DMPO(Pairwise):
     alpha: float = Field(default=0.01, gt=0, lt=0.5)
 
     paper: ClassVar[str] = "Divergence minimisation PO, as written again in the code of Diffusion-SDPO, arXiv 2511.03317"
-    checked: ClassVar[str] = "the formula by hand; equal to exo_pair"
+    checked: ClassVar[str] = "the code of Diffusion-SDPO, written again in the test; equal to exo_pair"
 
     def utility(self, win: Tensor, lose: Tensor, terms: PairTerms) -> Tensor:
         return bernoulli_kl(win - lose, 1 - self.alpha)
@@ -308,7 +309,8 @@ class LoserScale(Pairwise):
 class Linear(Pairwise):
     """Linear-DPO: slope clamp(1/2 - m / 5, eta, 1 - eta) in m = r_w - r_l, which never saturates.
 
-    The authors weight e_w - e_l by that slope, without its gradient; this is the integral, so that value and gradient agree.
+    The authors weight e_w - e_l by that slope, without its gradient; this is the integral, so that value and gradient agree,
+    in units of the reward: ``weight: 1 / (kappa beta)`` gives theirs.
     Its reference is an average of the policy (``reference: {type: ema}``).
     """
 
@@ -319,7 +321,7 @@ class Linear(Pairwise):
     """The least slope."""
 
     paper: ClassVar[str] = "Linear-DPO, arXiv 2605.21123"
-    checked: ClassVar[str] = "its gradient with the authors' weight"
+    checked: ClassVar[str] = "its slope with the weight in the authors' code, times kappa beta"
 
     def utility(self, win: Tensor, lose: Tensor, terms: PairTerms) -> Tensor:
         m, end = win - lose, 5 * (0.5 - self.eta)
@@ -339,7 +341,7 @@ class DSPO(Pairwise):
 
     needs: ClassVar[frozenset[Need]] = frozenset({"loser", "reference", "distance"})
     paper: ClassVar[str] = "Zhu et al. 2025, ICLR, github.com/huaishengzhu/DSPO"
-    checked: ClassVar[str] = "the authors' code, on whole residuals"
+    checked: ClassVar[str] = f"{CODE}, on whole residuals (their SDXL branch is another loss)"
 
     def utility(self, win: Tensor, lose: Tensor, terms: PairTerms) -> Tensor:
         k = self.beta * (lose - win).sigmoid()
@@ -355,7 +357,7 @@ class DROHinge(Objective):
 
     needs: ClassVar[frozenset[Need]] = frozenset({"loser", "reference"})
     paper: ClassVar[str] = "Diffusion-DRO, NeurIPS 2025, arXiv 2510.18353"
-    checked: ClassVar[str] = "the authors' formula by hand"
+    checked: ClassVar[str] = CODE
 
     def __call__(self, terms: PairTerms, state: dict[str, Tensor]) -> LossOutput:
         win, lose = rewards(terms, 1.0)

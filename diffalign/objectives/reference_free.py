@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
 from diffalign.objectives.base import LossOutput, Need, Objective, PairTerms, Rewarded, require
-from diffalign.objectives.pairwise import TRL
+from diffalign.objectives.pairwise import CODE, TRL
 
 LOSER: frozenset[Need] = frozenset({"loser"})
 
@@ -31,7 +31,7 @@ class MaPO(Objective):
 
     needs: ClassVar[frozenset[Need]] = LOSER
     paper: ClassVar[str] = "Hong et al. 2024, arXiv 2406.06424"
-    checked: ClassVar[str] = "the authors' formula by hand"
+    checked: ClassVar[str] = CODE
 
     def __call__(self, terms: PairTerms, state: dict[str, Tensor]) -> LossOutput:
         margin = self.num_train_timesteps * (self._phi(terms.winner) - self._phi(require(terms.loser, "loser")))

@@ -1,10 +1,11 @@
-"""What keeps winners from being lost, whatever the objective."""
+"""What keeps winners from being lost, and one kind of pairs from drowning the other, whatever the objective."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from diffalign.objectives.base import PairTerms, require
 
@@ -20,3 +21,22 @@ def protected(terms: PairTerms, mu: float) -> PairTerms:
     share = torch.where(overlap > 0, ((1 - mu) * terms.winner.detach() / safe).clamp(0, 1), 1.0)
     fixed = loser.detach()
     return replace(terms, loser=fixed + share * (loser - fixed))
+
+
+def balanced(loss: Tensor, kind: Tensor, state: Tensor | None, decay: float) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Losses (B,) of two kinds (B,) of pairs, 0 and 1, whose mean becomes w_0 L_0 + w_1 L_1, w_k = sg(L_k / (L_0 + L_1)).
+
+    The adaptive loss balancing of BideDPO (arXiv 2511.19268), where each batch holds a pair of either kind. Here L_k and
+    how often a kind comes up are running sums (2, 2) with this batch in them, which are returned; until both kinds have come
+    up the losses stay as they are.
+    """
+    of = torch.nn.functional.one_hot(kind.long(), 2).to(loss)
+    now = torch.stack([(of * loss.detach()[:, None]).sum(0), of.sum(0)])
+    sums = now if state is None else now + decay * state.to(now)
+    total, count = sums
+    if (count == 0).any():
+        return loss, {}, sums
+    mean = (total / count).clamp(min=1e-12)
+    share = mean / mean.sum()
+    weight = (share * count.sum() / count)[kind.long()]
+    return weight * loss, {f"balance/{k}": share[k].expand_as(loss) for k in (0, 1)}, sums

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 from diffalign.objectives.base import Need, PairTerms, require
-from diffalign.objectives.pairwise import Pairwise
+from diffalign.objectives.pairwise import CODE, Pairwise
 
 PAIR: frozenset[Need] = frozenset({"loser", "reference"})
 
@@ -43,7 +43,7 @@ class SmPO(Pairwise):
 
     needs: ClassVar[frozenset[Need]] = PAIR | {"p_win"}
     paper: ClassVar[str] = "SmPO-Diffusion, ICML 2025, arXiv 2506.02698"
-    checked: ClassVar[str] = "the authors' formula by hand"
+    checked: ClassVar[str] = CODE
 
     def utility(self, win: Tensor, lose: Tensor, terms: PairTerms) -> Tensor:
         return -logsigmoid(self.gamma * (2 * require(terms.p_win, "p_win") - 1) * (win - lose))
@@ -74,7 +74,7 @@ class RDP(Pairwise):
 
     needs: ClassVar[frozenset[Need]] = PAIR | {"scores"}
     paper: ClassVar[str] = "Deng et al. 2024 (PRDP), arXiv 2402.08714; Gao et al. 2024 (REBEL), arXiv 2404.16767"
-    checked: ClassVar[str] = "by hand; at the gap 1/2 equal to ipo"
+    checked: ClassVar[str] = "the code of REBEL with tau = 1 / eta; PRDP published none; at the gap 1/2 equal to ipo"
 
     def utility(self, win: Tensor, lose: Tensor, terms: PairTerms) -> Tensor:
         return (win - lose - gap(terms) / self.tau).square()

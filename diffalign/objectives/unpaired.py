@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from diffalign.objectives.base import Data, LabelTerms, LossOutput, Need, Objective, Rewarded, require
-from diffalign.objectives.pairwise import TRL
+from diffalign.objectives.pairwise import CODE
 
 REFERENCE: frozenset[Need] = frozenset({"reference"})
 
@@ -45,7 +45,7 @@ class KTO(Labelled):
     """Of the running mean behind z."""
 
     paper: ClassVar[str] = "Li et al. 2024, arXiv 2404.04465"
-    checked: ClassVar[str] = f"{TRL}; equal to apo_zero at z = 0"
+    checked: ClassVar[str] = f"{CODE}, at the batch's own z (kappa 1); equal to apo_zero at z = 0"
 
     def __call__(self, terms: LabelTerms, state: dict[str, Tensor]) -> LossOutput:
         r = self.reward(terms)

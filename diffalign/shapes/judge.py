@@ -248,7 +248,12 @@ def _shapes_of(
 
 
 def compare(sight: Sight, scene: Scene) -> dict[str, bool]:
-    """The facts of ``scene`` that hold in ``sight``, keyed by :attr:`Scene.fact_names`.
+    """The facts of ``scene`` that hold in ``sight``, keyed by :attr:`Scene.fact_names`."""
+    return match(sight, scene)[1]
+
+
+def match(sight: Sight, scene: Scene) -> tuple[tuple[Blob | None, ...], dict[str, bool]]:
+    """For each thing of ``scene`` what was seen in its place, None for nothing, and the facts that hold.
 
     Blobs are matched to things so that as many facts as possible hold: the judge gives the picture its best reading.
     """
@@ -256,7 +261,7 @@ def compare(sight: Sight, scene: Scene) -> dict[str, bool]:
     facts["background"] = sight.background == scene.background
     facts["count"] = len(sight.blobs) == len(scene.things)
     slots = [*sight.blobs, *([None] * len(scene.things))]
-    readings = []
+    readings: list[tuple[tuple[Blob | None, ...], dict[str, bool]]] = []
     for chosen in itertools.permutations(slots, len(scene.things)):
         reading = {}
         for i, (thing, blob) in enumerate(zip(scene.things, chosen, strict=True)):
@@ -265,8 +270,9 @@ def compare(sight: Sight, scene: Scene) -> dict[str, bool]:
         if scene.relation is not None:
             a, b = chosen
             reading["relation"] = a is not None and b is not None and relation_of(b.cx - a.cx, b.cy - a.cy) == scene.relation
-        readings.append(reading)
-    return facts | max(readings, key=lambda reading: sum(reading.values()))
+        readings.append((chosen, reading))
+    best, held = max(readings, key=lambda r: sum(r[1].values()))
+    return best, facts | held
 
 
 def judge(images: Images, prompts: Sequence[str | Scene]) -> list[Verdict]:

@@ -134,3 +134,8 @@ def second_judge(images: Images, prompts: Sequence[str | Scene]) -> list[dict[st
     """The facts of each prompt that hold in its picture, keyed as by the first judge."""
     scenes = [p if isinstance(p, Scene) else parse_caption(p) for p in prompts]
     return [compare(sight, scene) for sight, scene in zip(look(images), scenes, strict=True)]
+
+
+def second_score(images: Images, prompts: Sequence[str | Scene]) -> list[float]:
+    """The share of facts that hold for the second judge, as a scorer: ``diffalign.shapes.second:second_score``."""
+    return [sum(facts.values()) / len(facts) for facts in second_judge(images, prompts)]

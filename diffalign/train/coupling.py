@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from diffalign.data.pairs import Picture
@@ -20,10 +20,12 @@ from diffalign.timesteps import TimestepPolicy
 class Coupling(Spec):
     """The ``coupling`` section."""
 
-    noise: Literal["shared", "independent", "inverted", "stored"] | None = None
+    noise: Literal["shared", "independent", "inverted", "stored", "replay"] | None = None
     """``shared``: one (t, eps) for all pictures of a pair or group, the default; ``independent``: each its own, as single
     images have anyway; ``inverted``: the noise to which the policy itself leads each picture (SmPO, InPO), at one t;
-    ``stored``: the noise that each picture was made from (PNAPO), at one t, known of a dataset folder by diffalign."""
+    ``stored``: the noise that each picture was made from (PNAPO), at one t, known of a dataset folder by diffalign;
+    ``replay``: losers are states of the policy's own trajectories for the winner's caption, at one t, with the noise that it
+    predicted there as the target (Diffusion-DRO); only winners are read."""
     draws: int = Field(default=1, ge=1)
     """Times per example, one from each n-th of their distribution; errors are averaged before the loss (VRPO)."""
     captions: Literal["shared", "own"] = "shared"
@@ -33,6 +35,16 @@ class Coupling(Spec):
     """Steps from the clean picture to its time, of ``inverted``."""
     renoise: int = Field(default=0, ge=0)
     """Refinements of each of these steps (Garibi et al. 2024, ReNoise)."""
+    replay_steps: int = Field(default=20, ge=1)
+    """Steps of a whole trajectory, of ``replay``."""
+    replay_every: int = Field(default=1, ge=1)
+    """Optimizer steps until the policy that makes them is copied anew."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.noise == "replay" and (self.draws > 1 or self.captions == "own"):
+            raise ValueError("noise: replay takes one draw and the winner's caption: drop draws and captions")
+        return self
 
 
 def draw(

@@ -16,13 +16,16 @@ from diffalign.data.buckets import Size, bucket_sizes, nearest
 from diffalign.data.cache import BATCH, TensorCache
 from diffalign.data.examples import Example
 from diffalign.data.images import frame, to_tensor
+from diffalign.data.maps import Kind
 from diffalign.data.pairs import Picture
+from diffalign.errors import DataError
 from diffalign.models import Cond, Model
 from diffalign.objectives import Data, Need, Terms
 from diffalign.spec import Spec
 from diffalign.timesteps import TimestepPolicy
 from diffalign.train.coupling import Coupling, draw, first_noise
 from diffalign.train.groups import Turns, names_of
+from diffalign.train.replay import LAGGED
 from diffalign.train.terms import Batch, terms_of
 
 
@@ -76,6 +79,7 @@ class Offline:
         data: Data = "pairs",
         coupling: Coupling | None = None,
         curriculum: Curriculum | None = None,
+        maps: Kind | None = None,
         balanced: bool = False,
     ) -> None:
         self.model, self.timesteps, self.seed, self.caption_dropout = model, timesteps, seed, caption_dropout
@@ -97,6 +101,22 @@ class Offline:
         self.latents = {s: TensorCache(cache / f"pictures-{key}-{s[0]}x{s[1]}") for s in self.buckets}
         self.texts = TensorCache(cache / f"texts-{key}")
         self._encode()
+        self.maps = [self._map(i, maps) for i in range(len(self.examples))] if maps else []
+
+    def _map(self, i: int, kind: Kind) -> Tensor:
+        """(H, W) weights of the latents' places of an example."""
+        example, x0 = self.examples[i], self.latents[self.sizes[i]][self.keys[i][0]]["x0"]
+        if example.maps is None:
+            raise DataError(
+                f"{example.pictures[0].where}: it has no {kind}", hint=f"fill the column {kind}, or drop data.maps"
+            )
+        shapes = [p.shape for p in example.pictures]
+        if len(set(shapes)) > 1:
+            raise DataError(
+                f"{example.maps.where}: its pictures differ in size, so that one {kind} cannot be of both",
+                hint="resize them, or drop data.maps",
+            )
+        return example.maps.latent(kind, shapes[0], self.sizes[i], (x0.shape[-2], x0.shape[-1]))
 
     def _encode(self) -> None:
         self.keys = [[p.key for p in x.pictures] for x in self.examples]
@@ -126,6 +146,9 @@ class Offline:
 
     def batches(self, step: int) -> Iterator[Batch]:
         """This process's micro-batches of one optimizer step."""
+        lagging, weights = self.coupling.noise == "replay" and self.coupling.replay_every > 1, self.model.named_weights
+        if lagging and (step % self.coupling.replay_every == 0 or LAGGED not in weights.snapshots):
+            weights.take(LAGGED)  # which checkpoints keep
         first = step * self.accumulation * self.world
         if self.curriculum is not None:
             yield from self._staged(step, self.curriculum)
@@ -171,10 +194,14 @@ class Offline:
     def _shuffled(self, *key: object) -> list[int]:
         return torch.randperm(len(self.examples), generator=_generator(self.seed, *key)).tolist()
 
+    def arrived(self, stage: int, chunks: int) -> list[int]:
+        """The examples that have come in by a stage of a curriculum, the clearest first."""
+        return self.ranked[: -(-len(self.ranked) * (stage + 1) // chunks)]
+
     def _staged(self, step: int, plan: Curriculum) -> Iterator[Batch]:
         """Micro-batches of a step whose examples are those that have come in so far, in shuffled epochs of their own."""
         stage = min(step // plan.every, plan.chunks - 1)
-        active = self.ranked[: -(-len(self.ranked) * (stage + 1) // plan.chunks)]
+        active = self.arrived(stage, plan.chunks)
         orders: dict[int, list[int]] = {}
         start = (step - stage * plan.every) * self.per_step
         for micro in range(self.accumulation):
@@ -218,6 +245,7 @@ class Offline:
             torch.tensor([x.weight for x in some]),
             self.data,
             _facts(some, self.groups),
+            torch.stack([self.maps[i] for _, i in rows]) if self.maps else None,
         )
 
     def _cond(self, prompt: str | None) -> Cond:
@@ -236,7 +264,7 @@ class Offline:
 
 
 def _facts(examples: Sequence[Example], groups: Sequence[str] = ()) -> dict[str, Tensor]:
-    facts = {"p_win": torch.tensor([x.p_win for x in examples]), "good": torch.tensor([x.good for x in examples])}
+    facts = {name: torch.tensor([getattr(x, name) for x in examples]) for name in ("p_win", "good", "kind")}
     if all(x.scores is not None for x in examples):
         facts["scores"] = torch.tensor([x.scores for x in examples])
     if groups:

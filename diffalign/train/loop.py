@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
 import torch
 
-from diffalign.objectives import Total, metrics_of
+from diffalign.objectives import PairTerms, Terms, Total, metrics_of
 from diffalign.objectives.robust import GroupRobust
 from diffalign.train.feeds import Feed
 from diffalign.train.state import TrainState
@@ -48,6 +49,8 @@ def fit(
                     with acc.autocast():
                         terms = feed.terms(model, batch, objective.needs, state.reference)
                     out = objective(terms, state.objective)
+                    if s.gradient_angle_steps and i == 0 and (state.step + 1) % s.gradient_angle_steps == 0:
+                        tracker.add({"gradient/cosine": gradient_cosine(terms, list(state.parameters.values()))}, 0)
                     loss = out.loss if terms.weight is None else out.loss * terms.weight
                     acc.backward(loss.mean() / len(batches))
                 state.objective = _agreed(acc, out.state)
@@ -76,6 +79,29 @@ def fit(
     if saved_step != state.step:
         save()
     tracker.close()
+
+
+def gradient_cosine(terms: Terms, parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+    """(1,) the cosine between the gradients of the winners' and the losers' mean error; NaN where there is no loser.
+
+    Near 1, what lowers a winner's error lowers the loser's: a loss on their difference moves both (gradient entanglement,
+    Yuan et al. 2024, arXiv 2410.13828). No gradient is kept.
+    """
+    if not isinstance(terms, PairTerms) or terms.loser is None or not terms.loser.requires_grad:
+        return torch.full((1,), math.nan)
+    sides = [
+        torch.autograd.grad(e.mean(), parameters, retain_graph=True, allow_unused=True) for e in (terms.winner, terms.loser)
+    ]
+    flat = [
+        torch.cat(
+            [
+                torch.zeros_like(p).flatten() if g is None else g.float().flatten()
+                for g, p in zip(side, parameters, strict=True)
+            ]
+        )
+        for side in sides
+    ]
+    return torch.nn.functional.cosine_similarity(flat[0], flat[1], dim=0)[None]
 
 
 @contextlib.contextmanager

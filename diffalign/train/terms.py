@@ -9,9 +9,10 @@ from torch import Tensor
 
 from diffalign.models import Cond, Model
 from diffalign.objectives import Data, GroupTerms, ImageTerms, LabelTerms, Need, PairTerms, Terms
-from diffalign.path import add_noise, denoise_error, split, target
+from diffalign.path import Coeffs, add_noise, denoise_error, split, target
 from diffalign.timesteps import TimestepPolicy
 from diffalign.train.coupling import Coupling, invert
+from diffalign.train.replay import replay
 
 Texts = tuple[str | None, ...]
 
@@ -35,7 +36,9 @@ class Batch:
     weight: Tensor
     data: Data = "pairs"
     facts: dict[str, Tensor] = field(default_factory=dict)
-    """What is known of the examples: p_win (B,), good (B,), advantage (B,), scores (B, K)."""
+    """What is known of the examples: p_win (B,), good (B,), advantage (B,), scores (B, K), kind (B,)."""
+    maps: Tensor | None = None
+    """(B, H, W) weights of the latents' places in every error; 1 everywhere if not given."""
 
     def __len__(self) -> int:
         return len(self.u)
@@ -72,13 +75,19 @@ def terms_of(
     def cond() -> Cond:
         said = batch.conds * k if len(batch.conds) == 1 else batch.conds[:k]
         read = [x if isinstance(x, Cond) else model.encode_prompts(x) for x in said]
-        return Cond.cat([model.sized(x, batch.frames[:, i]) for i, x in enumerate(read)] * draws).to(device)
+        frames = batch.frames.expand(-1, k, -1) if batch.frames.shape[1] == 1 else batch.frames
+        return Cond.cat([model.sized(x, frames[:, i]) for i, x in enumerate(read)] * draws).to(device)
 
     passes = 3 + ("reference" in needs) + ("old" in needs)
     if coupling.noise == "inverted":
         eps = invert(model, x0, u.to(device), cond(), coupling.inversion_steps, coupling.renoise)
         passes += coupling.inversion_steps * (1 + coupling.renoise)
     x, wanted = add_noise(x0, eps, c), target(model.kind, x0, eps, c)
+    more = 0
+    if coupling.noise == "replay" and "loser" in needs:  # of winners alone: the second half is made here
+        own, said_there, more = replay(model, eps, batch.u[:, 0, 0], cond(), coupling.replay_steps)
+        k, x, wanted = 2, torch.cat([x, own]), torch.cat([wanted, said_there])
+        t, c = torch.cat([t, t]), Coeffs(torch.cat([c.alpha, c.alpha]), torch.cat([c.sigma, c.sigma]))
     noisiest = model.coeffs(model.timestep(torch.tensor([1 - 2**-24])))
     scale = timesteps.weight(c, model.kind, noisiest)
 
@@ -86,20 +95,27 @@ def terms_of(
         """Means over the draws, (B,) for each picture."""
         return e.view(draws, k, b).mean(0).unbind(0)
 
+    place: Tensor | None = None
+    if batch.maps is not None:
+        place = batch.maps.to(device)[:, None].repeat(draws * k, 1, 1, 1)
+
+    def errors_of(prediction: Tensor, of: Tensor) -> tuple[Tensor, ...]:
+        return by_picture(scale * denoise_error(prediction, of, place))
+
     found: dict[str, Tensor] = {}
     ref: tuple[Tensor, ...] = ()
     if "reference" in needs:
         with torch.no_grad(), model.weights(reference):
             there = model.predict(x, t, cond())
-            ref = by_picture(scale * denoise_error(there, wanted))
+            ref = errors_of(there, wanted)
     if "old" in needs:
         with torch.no_grad(), model.weights(old):
             before = model.predict(x, t, cond())
-            found["old"] = by_picture(scale * denoise_error(before, wanted))[0]
+            found["old"] = errors_of(before, wanted)[0]
     here = model.predict(x, t, cond())
-    errors = by_picture(scale * denoise_error(here, wanted))
+    errors = errors_of(here, wanted)
     if "distance" in needs:
-        found["distance"] = by_picture(scale * denoise_error(here, there))[0]
+        found["distance"] = errors_of(here, there)[0]
     if "residual" in needs:
         found["residual"] = (split(model.kind, here, x, c)[0] - x0).flatten(1)
         if "old" in needs:
@@ -108,7 +124,7 @@ def terms_of(
         "t": batch.u[:, 0].mean(-1).to(device),
         "weight": batch.weight.to(device),
         "images": b * k,
-        "cost": b * k * draws * passes,
+        "cost": b * k * draws * passes + more,
         "group": batch.facts["group"].to(device) if "group" in batch.facts else None,
     }
     facts = {name: value.to(device) for name, value in batch.facts.items()}
@@ -121,10 +137,12 @@ def terms_of(
             e, r = torch.stack(errors, 1), torch.stack(ref, 1) if ref else None
             return GroupTerms(e, facts["scores"], r, **found, **shared)  # type: ignore[arg-type]
     if "overlap" in needs:
-        rho = (here.detach().float() - wanted.float()).view(draws, 2, b, -1)
-        found["overlap"] = (scale.view(draws, 2, b)[:, 0] * (rho[:, 0] * rho[:, 1]).mean(-1)).mean(0)
-    if "p_win" in facts:
-        found["p_win"] = facts["p_win"]
+        rho = (here.detach().float() - wanted.float()).view(draws, 2, b, *x0.shape[1:])
+        product = rho[:, 0] * rho[:, 1]
+        if batch.maps is not None:
+            product = product * batch.maps.to(device)[:, None]
+        found["overlap"] = (scale.view(draws, 2, b)[:, 0] * product.flatten(2).mean(-1)).mean(0)
+    found |= {name: facts[name] for name in ("p_win", "kind") if name in facts}
     if "scores" in facts:
         found |= {"score_winner": facts["scores"][:, 0], "score_loser": facts["scores"][:, 1]}
     both = k == 2

@@ -1,0 +1,40 @@
+"""The tables that the leaderboard prints, of made-up results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+
+def test_the_quality_of_labels_is_a_table_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from table import labelled
+
+    def write(name: str, exact: list[float]) -> None:
+        (tmp_path / f"{name}.json").write_text(json.dumps({"values": {"exact": exact}}))
+
+    rows = {"dpo-lora": "a judge", "dpo-clip": "a network", "dpo-shuffled": "a coin"}
+    write("base", [0.0, 0.5, 0.5, 0.0])
+    write("dpo-lora-0", [1.0, 1.0, 1.0, 1.0])
+    assert labelled(tmp_path, rows, (0, 1)) == ""  # one row is no comparison
+    write("dpo-lora-1", [0.5, 1.0, 1.0, 0.5])
+    write("dpo-shuffled-1", [0.0, 0.5, 0.5, 0.0])
+    lines = labelled(tmp_path, rows, (0, 1)).splitlines()
+    assert len(lines) == 4
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines[2:]]
+    assert cells[0][:4] == ["dpo-lora", "a judge", "2", "0.875"]
+    assert cells[0][4].startswith("+0.625 [")
+    assert cells[1] == ["dpo-shuffled", "a coin", "1", "0.250", "+0.000 [+0.000, +0.000]"]
+
+
+def test_every_row_of_labels_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from leaderboard import DIT_ROWS, LABELLED, ROWS
+
+    assert LABELLED.keys() <= ROWS.keys()
+    core = {"dpo", "mapo", "kto", "ipo", "curriculum", "smpo", "dspo", "linear", "safeguard", "rdp", "infonca", "rank-dpo"}
+    core |= {"npo", "dro"}
+    for rows in (ROWS, DIT_ROWS):
+        assert {f"{name}-lora" for name in core} | {"dpo-flipped", "robust-flipped"} <= rows.keys()
