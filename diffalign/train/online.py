@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -34,6 +34,12 @@ from diffalign.train.terms import Batch, terms_of
 OLD = "old"
 STANDARDS = 4
 """Samples of the reference per prompt that a reward is compared with (PAR)."""
+
+
+Credit = Literal["image", "steps", "trajectory", "state"]
+"""``image``: finished images, noised again. ``steps``: all their trained steps, each for itself, go by the finished images
+(D3PO); ``trajectory``: the same steps as one, whose errors are summed (PRDP). ``state``: ``group_size`` candidates of each
+trained step from one state, compared by what the model makes of them; one at random goes on (SPO, TailorPO)."""
 
 
 class Behaviour(Spec):
@@ -70,6 +76,8 @@ class Online(Spec):
     advantages: Advantages = Advantages()
     rule: Annotated[PairRule, PAIR_RULES] = BestWorst()
     """Picks the pairs of each group, for losses on pairs."""
+    credit: Credit = "image"
+    """What a pair is of, for losses on pairs."""
     old: Behaviour | None = None
     """Sample from an average of the past; the policy itself if not given."""
 
@@ -198,6 +206,11 @@ class OnlineFeed:
         """What was spent beside denoiser passes."""
         return {"reward_calls": self.rewards.calls * self.world}
 
+    @property
+    def replays(self) -> bool:
+        """Whether steps of trajectories are trained on."""
+        return self.data == "steps" or self.spec.credit != "image"
+
     def preflight(self, autocast: Callable[[], AbstractContextManager[Any]]) -> Preflight:
         """The first block of the next rollout, replayed as training will."""
         with self.bare():
@@ -222,17 +235,14 @@ class OnlineFeed:
     @torch.no_grad()
     def _collect(self, epoch: int, step: int) -> None:
         """Sample, score and weigh the images of an epoch."""
-        model, spec = self.model, self.spec
-        if spec.old is not None or "old" in self.needs:
-            follow(model.named_weights, 0.0 if spec.old is None else spec.old.decay(epoch))
+        spec = self.spec
+        self._follow(epoch)
         plan = self._plan(epoch)
-        model.net.eval()
-        with self.bare(), model.weights(OLD) if spec.old else nullcontext():
+        with self._sampling():
             paths, values = self._sampled(plan, epoch)
         if spec.advantages.shaping == "par":
-            with self.bare(), model.weights("reference"):
+            with self._sampling("reference"):
                 self._set_standards(plan)
-        model.net.train()
         advantages, rewards, kept, facts = self._weigh(plan, values, epoch)
         self.blocks = []
         for items, path, a, r, k in zip(plan, paths, advantages, rewards, kept, strict=True):
@@ -240,6 +250,20 @@ class OnlineFeed:
             self.blocks.append(Block([items[i] for i in rows], path[rows], a[rows], r[rows]))
         self.epoch = epoch
         self.log(step, facts)
+
+    def _follow(self, epoch: int) -> None:
+        """Bring the policy that samples up to date, where it is not the trained one or is asked for."""
+        if self.spec.old is not None or "old" in self.needs:
+            follow(self.model.named_weights, 0.0 if self.spec.old is None else self.spec.old.decay(epoch))
+
+    @contextmanager
+    def _sampling(self, weights: str | None = None) -> Iterator[None]:
+        """The bare network as it samples, by the weights of this name or those of the policy that samples."""
+        name = weights or (OLD if self.spec.old else None)
+        self.model.net.eval()
+        with self.bare(), self.model.weights(name) if name else nullcontext():
+            yield
+        self.model.net.train()
 
     def _sampled(self, plan: Sequence[Sequence[Item]], epoch: int) -> tuple[list[Trajectories], Tensor]:
         """Trajectories of the blocks and their values (names, blocks, B): one block is scored while the next is sampled."""
@@ -384,7 +408,7 @@ class OnlineFeed:
         some, items = batch.block.paths[rows], batch.block.items[rows]
 
         def mean() -> Tensor:
-            cond, negative = self._read(batch)
+            cond, negative = self._read(batch.block, rows)
             return replay(model, some, slot, cond, settings, negative)
 
         std, old, arrived = some.std[:, slot], some.mean[:, slot], some.x_next[:, slot]
@@ -409,13 +433,13 @@ class OnlineFeed:
             cost=len(items) * passes * self._branches,
         )
 
-    def _read(self, batch: StepBatch) -> tuple[Cond, Cond | None]:
-        """The block's prompts, encoded as they were when it was sampled: all together, once for all its parts and steps."""
-        model, block = self.model, batch.block
-        if self._encoded[0] is not block or model.trains_texts:
-            self._encoded = (block, *conditions(model, block.items, self.spec.rollout))
+    def _read(self, block: Block, rows: slice | list[int]) -> tuple[Cond, Cond | None]:
+        """The block's prompts, encoded as when it was sampled: all together, once for all its steps, in full precision."""
+        if self._encoded[0] is not block or self.model.trains_texts:
+            with torch.autocast(block.paths.x0.device.type, enabled=False):
+                self._encoded = (block, *conditions(self.model, block.items, self.spec.rollout))
         _, cond, negative = self._encoded
-        return cond[batch.rows], None if negative is None else negative[batch.rows]
+        return cond[rows], None if negative is None else negative[rows]
 
 
 @dataclass(frozen=True)
