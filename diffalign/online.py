@@ -87,6 +87,8 @@ def stepwise(c: TrainConfig, online: Online, names: str) -> None:
     if online.credit == "state":
         if not isinstance(online.rule, BestWorst | BestSigma):
             raise ValueError(f"{said} keeps one pair of each state: use online.rule.type=best_worst or best_sigma")
+        if online.oversample is not None:
+            raise ValueError(f"{said} compares steps, and online.oversample chooses images: drop online.oversample")
         if online.advantages != Advantages():
             raise ValueError(f"{said} compares previews by their rewards alone: drop online.advantages")
     elif c.train.per_device_train_batch_size % online.group_size:

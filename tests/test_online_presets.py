@@ -44,6 +44,7 @@ def small(config: TrainConfig, model: Path, out: Path) -> dict[str, Any]:
         rollout["window"]["size"] = min(rollout["window"]["size"], 2)
     online |= {"prompts": "shapes:train", "num_prompts": 8, "prompts_per_rollout": 4, "updates": 1, "reward": REWARD}
     online |= {"group_size": min(online["group_size"], 2), "repeats": min(online["repeats"], 2)}
+    online["oversample"] = online["oversample"] and {**online["oversample"], "candidates": 3, "steps": 2}
     online["rule"] |= {"min_margin": 0}
     sections["train"] |= {"max_steps": 2, "per_device_train_batch_size": 4, "mixed_precision": "no", "logging_steps": 1}
     return sections | {"output_dir": str(out), "evaluate": {"enabled": False}}
@@ -83,5 +84,5 @@ def test_an_online_preset_is_written_and_read_again_unchanged() -> None:
 
 def test_the_online_methods_are_there() -> None:
     core = "ddpo flow-grpo flow-grpo-fast dance-grpo mixgrpo mixgrpo-flash pref-grpo grpo-guard diffusion-nft awm online-dpo"
-    core += " rwr d3po spo"
+    core += " rwr d3po spo sol-rl"
     assert {f"presets/{name}" for name in core.split()} <= ONLINE.keys()

@@ -20,6 +20,7 @@ from diffalign.advantages import Advantages, History
 from diffalign.data.prompts import Prompt
 from diffalign.models import Cond, Model
 from diffalign.objectives import Data, Need, StepTerms, Terms
+from diffalign.oversample import Oversample, preselect
 from diffalign.pairs import PAIR_RULES, BestWorst, Group, PairRule
 from diffalign.path import kl, log_ratio
 from diffalign.preflight import Preflight, preflight
@@ -76,6 +77,8 @@ class Online(Spec):
     advantages: Advantages = Advantages()
     rule: Annotated[PairRule, PAIR_RULES] = BestWorst()
     """Picks the pairs of each group, for losses on pairs."""
+    oversample: Oversample | None = None
+    """Preview more seeds of a prompt than ``group_size``, and sample those that previews set apart."""
     credit: Credit = "image"
     """What a pair is of, for losses on pairs."""
     old: Behaviour | None = None
@@ -88,6 +91,13 @@ class Online(Spec):
             raise ValueError(f"rollout.batch_size {size} must hold whole groups of {self.group_size}, or divide one")
         if images % size:
             raise ValueError(f"{images} images per rollout are no multiple of rollout.batch_size {size}")
+        if self.oversample is not None:
+            if self.oversample.candidates < self.group_size:
+                raise ValueError(f"oversample.candidates {self.oversample.candidates} is below group_size {self.group_size}")
+            if self.rollout.same_noise:
+                raise ValueError("oversample chooses noises, and rollout.same_noise has one for a prompt: drop one of them")
+            if size % self.group_size:
+                raise ValueError(f"oversample needs whole groups: make rollout.batch_size a multiple of {self.group_size}")
         return self
 
     @property
@@ -153,6 +163,8 @@ class OnlineFeed:
         self.gather, self.bare, self.log = gather, bare, log
         self.epoch = -1
         self.blocks: list[Block] = []
+        self.picked: list[list[int]] = []
+        """The k of each item of the plan, where previews choose it."""
         self.history: History = {}
         """Past rewards of each prompt."""
         self.standards: dict[str, list[list[float]]] = {}
@@ -185,21 +197,27 @@ class OnlineFeed:
         blocks = (
             [
                 {"rows": _rows(b.items, whole), "paths": b.paths.state(), "advantages": b.advantages, "rewards": b.rewards}
-                for b, whole in zip(self.blocks, self._plan(self.epoch), strict=True)
+                for b, whole in zip(self.blocks, self._chosen(self.epoch), strict=True)
             ]
             if self.blocks
             else []
         )
-        kept = {"epoch": self.epoch, "calls": self.rewards.calls, "history": self.history, "standards": self.standards}
+        kept = {
+            "epoch": self.epoch,
+            "picked": self.picked,
+            "calls": self.rewards.calls,
+            "history": self.history,
+            "standards": self.standards,
+        }
         return kept | {"blocks": blocks}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Back to what :meth:`state` gave."""
         self.epoch, self.rewards.calls = state["epoch"], state["calls"]
-        self.history, self.standards = state["history"], state["standards"]
+        self.history, self.standards, self.picked = state["history"], state["standards"], state["picked"]
         self.blocks = [
             Block([items[i] for i in b["rows"]], Trajectories.of(b["paths"]), b["advantages"], b["rewards"])
-            for items, b in zip(self._plan(self.epoch) if state["blocks"] else [], state["blocks"], strict=True)
+            for items, b in zip(self._chosen(self.epoch) if state["blocks"] else [], state["blocks"], strict=True)
         ]
 
     def totals(self) -> dict[str, Any]:
@@ -237,8 +255,9 @@ class OnlineFeed:
         """Sample, score and weigh the images of an epoch."""
         spec = self.spec
         self._follow(epoch)
-        plan = self._plan(epoch)
         with self._sampling():
+            self.picked = [] if spec.oversample is None else self._previewed(spec.oversample, epoch)
+            plan = self._chosen(epoch)
             paths, values = self._sampled(plan, epoch)
         if spec.advantages.shaping == "par":
             with self._sampling("reference"):
@@ -250,6 +269,30 @@ class OnlineFeed:
             self.blocks.append(Block([items[i] for i in rows], path[rows], a[rows], r[rows]))
         self.epoch = epoch
         self.log(step, facts)
+
+    def _chosen(self, epoch: int) -> list[list[Item]]:
+        """The plan of the last epoch that was begun, with the seeds that previews chose, if they do."""
+        plan = self._plan(epoch)
+        if not self.picked:
+            return plan
+        return [[Item(i.prompt, k) for i, k in zip(b, ks, strict=True)] for b, ks in zip(plan, self.picked, strict=True)]
+
+    def _previewed(self, how: Oversample, epoch: int) -> list[list[int]]:
+        """The k of each item of the plan: those candidates of its prompt whose previews stand out."""
+        size, settings, out = self.spec.group_size, self.spec.rollout, []
+
+        def reward(images: Tensor, items: Sequence[Item]) -> Tensor:
+            return self.rewards.total(self.rewards(images / 255, [item.prompt.text for item in items]).double())
+
+        for items in self._plan(epoch):
+            groups = items[::size]
+            begin = [item.k // size * how.candidates for item in groups]
+            more = {"candidates": how.candidates, "keep": size, "steps": how.steps, "by": how.by, "begin": begin}
+            prompts = [item.prompt for item in groups]
+            found = preselect(self.model, prompts, reward, settings, self.seed, epoch, **more)  # type: ignore[arg-type]
+            out.append([k for row in found for k in row])
+            self.unpaid += len(groups) * how.candidates * how.steps * self._branches
+        return out
 
     def _follow(self, epoch: int) -> None:
         """Bring the policy that samples up to date, where it is not the trained one or is asked for."""
