@@ -8,16 +8,19 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffalign.advantages import Advantages
 from diffalign.data.prompts import Prompt, normalised
 from diffalign.errors import ConfigError
 from diffalign.evaluation import prompts_of
+from diffalign.pairs import BestSigma, BestWorst
 from diffalign.rollout import check
 from diffalign.rules import ODE
 from diffalign.scoring import make_scorers
 from diffalign.timesteps import Uniform
-from diffalign.train.online import OnlineFeed
+from diffalign.train.online import Online, OnlineFeed
 from diffalign.train.references import Periodic
 from diffalign.train.rewards import Rewards
+from diffalign.train.stepwise import NEEDS, StateFeed, StepwiseFeed
 from diffalign.training_data import DataSpec
 
 if TYPE_CHECKING:
@@ -58,7 +61,11 @@ def consistent(c: TrainConfig) -> None:
         raise ValueError("online.group_size 1 leaves nothing to compare: raise it, or set online.advantages.baseline=running")
     if total.data in ("pairs", "groups") and online.rollout.batch_size % online.group_size:
         raise ValueError(f"{names} needs whole groups: make online.rollout.batch_size a multiple of online.group_size")
-    if total.data == "steps":
+    if total.data in ("pairs", "groups") and online.advantages.keep is not None:
+        raise ValueError(f"{names} needs whole groups: drop online.advantages.keep")
+    if online.credit != "image":
+        stepwise(c, online, names)
+    if total.data == "steps" or online.credit != "image":
         if isinstance(online.rollout.rule, ODE):
             raise ValueError(
                 f"{names} needs steps with noise, not online.rollout.rule: ode; use ddim, flow_sde, dance_sde or cps"
@@ -70,6 +77,26 @@ def consistent(c: TrainConfig) -> None:
             )
         if online.repeats > 1 or c.timesteps != Uniform():
             raise ValueError(f"repeats and timesteps re-noise images, but {names} learns from the steps themselves: drop them")
+
+
+def stepwise(c: TrainConfig, online: Online, names: str) -> None:
+    """Refuse what pairs of steps cannot be or tell."""
+    said = f"online.credit: {online.credit}"
+    if c.total.data != "pairs":
+        raise ValueError(f"{said} is for losses on pairs, but {names} is about {c.total.data}: drop online.credit")
+    if more := sorted(c.total.needs - NEEDS):
+        raise ValueError(f"{said} gives no {', '.join(more)}, which {names} needs: use online.credit=image or another loss")
+    if online.credit == "state":
+        if not isinstance(online.rule, BestWorst | BestSigma):
+            raise ValueError(f"{said} keeps one pair of each state: use online.rule.type=best_worst or best_sigma")
+        if online.oversample is not None:
+            raise ValueError(f"{said} compares steps, and online.oversample chooses images: drop online.oversample")
+        if online.advantages != Advantages():
+            raise ValueError(f"{said} compares previews by their rewards alone: drop online.advantages")
+    elif c.train.per_device_train_batch_size % online.group_size:
+        raise ValueError(
+            f"{said} needs whole groups of {online.group_size}: make train.per_device_train_batch_size a multiple of it"
+        )
 
 
 def online_feed(
@@ -98,20 +125,23 @@ def online_feed(
     check(model, spec.rollout, prompts)
     if not prompts:
         raise ConfigError("online.prompts: all of them are evaluated on", hint="use other prompts")
-    return OnlineFeed(
+    kind = {"image": OnlineFeed, "state": StateFeed}.get(spec.credit, StepwiseFeed)
+    return kind(
         model,
         prompts,
         spec,
         Rewards(spec.reward, make_scorers(spec.reward.scorers), Path(config.output_dir)),
         config.timesteps,
         data=total.data,
-        needs=total.needs,
+        needs=total.needs
+        if spec.credit == "image"
+        else total.needs - {"old"},  # steps keep the means that they were drawn from
         batch_size=s.per_device_train_batch_size,
         seed=s.seed,
         rank=acc.process_index,
         world=world,
         coupling=config.coupling,
-        gather=acc.gather,
+        gather=lambda x: acc.gather(x.to(acc.device)).to(x.device),  # rewards are on the CPU, where no GPU backend gathers
         bare=bare,
         log=write,
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from diffalign.data.images import to_uint8
@@ -15,11 +16,22 @@ from diffalign.models import Model
 from diffalign.rollout import RolloutSettings, rollout
 from diffalign.rules import ODE
 from diffalign.sampling import Item
+from diffalign.spec import Spec
 from diffalign.windows import All
 
 By = Literal["best", "worst", "extremes"]
 Reward = Callable[[Tensor, Sequence[Item]], Tensor]
 """(B, 3, H, W) uint8 images and what they were made for, to (B,) rewards, higher is better."""
+
+
+class Oversample(Spec):
+    """The ``online.oversample`` section: groups are the extremes of more seeds, by cheap previews (Sol-RL: 24 of 96)."""
+
+    candidates: int = Field(default=96, ge=2)
+    """Seeds of a prompt that are previewed."""
+    steps: int = Field(default=6, ge=1)
+    """Of a preview, by the ODE."""
+    by: By = "extremes"
 
 
 def preselect(
@@ -34,12 +46,13 @@ def preselect(
     keep: int,
     steps: int = 6,
     by: By = "extremes",
+    begin: Sequence[int] | None = None,
 ) -> list[tuple[int, ...]]:
     """The k of ``keep`` out of ``candidates`` images of each prompt, ascending, by previews of ``steps`` steps of the ODE.
 
     A preview starts from the noise that :func:`diffalign.rollout.rollout` starts item (prompt, k) of this epoch from.
     ``extremes`` keeps as many of the best as of the worst, and one more of the best if ``keep`` is odd; of equals the lower k
-    counts as better.
+    counts as better. Candidates are counted from ``begin``, one number for each prompt, or from 0.
 
     Raises:
         ConfigError: more to keep than there are candidates, or all of them start from the same noise.
@@ -51,14 +64,16 @@ def preselect(
         raise ConfigError("same_noise: all previews of a prompt would be equal", hint="same_noise=false")
     cheap = {"num_inference_steps": steps, "rule": ODE(), "window": All(), "compress": 1.0}
     preview = settings.model_copy(update=cheap)
-    items = [Item(prompt, k) for prompt in prompts for k in range(candidates)]
+    begin = [0] * len(prompts) if begin is None else begin
+    items = [Item(prompt, k + n) for prompt, k in zip(prompts, begin, strict=True) for n in range(candidates)]
     rewards = []
     for first in range(0, len(items), settings.batch_size):
         block = items[first : first + settings.batch_size]
         x0 = rollout(model, block, preview, seed, epoch).x0
         rewards.append(reward(to_uint8(model.decode(x0)).cpu(), block).double().cpu())
     table = torch.cat(rewards).view(len(prompts), candidates)
-    return [_kept(row, keep, by, prompt) for row, prompt in zip(table, prompts, strict=True)]
+    kept = [_kept(row, keep, by, prompt) for row, prompt in zip(table, prompts, strict=True)]
+    return [tuple(k + n for n in row) for row, k in zip(kept, begin, strict=True)]
 
 
 def _kept(rewards: Tensor, keep: int, by: By, prompt: Prompt) -> tuple[int, ...]:

@@ -216,9 +216,7 @@ def train_once(config: TrainConfig, pairs: Rows | None = None) -> Run:
     state.feed = feed
     if checkpoint is not None:
         state.load(checkpoint)
-    noise = (
-        check_ratio(config, feed, accelerator.autocast) if isinstance(feed, OnlineFeed) and objective.data == "steps" else {}
-    )
+    noise = check_ratio(config, feed, accelerator.autocast) if isinstance(feed, OnlineFeed) and feed.replays else {}
     if main:  # nothing was wrong: from here on the folder holds a run
         write_text(folder / "config.resolved.yaml", resolved)
         write_json(folder / "env.json", environment() | {"licences": licences(config)})

@@ -8,7 +8,7 @@ a state that is rounded after it was scored has another likelihood.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
@@ -114,6 +114,31 @@ class Trajectories:
         return type(self)(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """n rows of a batch that take a step with noise, x_next ~ N(mean, std^2)."""
+
+    rows: list[int]
+    slots: list[int]
+    """Where the step stands among the trained ones of each."""
+    mean: Tensor
+    """(n, C, H, W)"""
+    std: Tensor
+    """(n,)"""
+    draws: list[torch.Generator]
+    then: int
+    """Index of the grid that is arrived at."""
+
+
+Advance = Callable[[Arrival], Tensor]
+"""Draws x_next (n, C, H, W)."""
+
+
+def _drawn(at: Arrival) -> Tensor:
+    z = torch.stack([torch.randn(at.mean.shape[1:], generator=g) for g in at.draws]).to(at.mean)
+    return at.mean + _wide(at.std, z) * z
+
+
 def epoch_seed(seed: int, epoch: int) -> int:
     """The seed of an epoch's images; :func:`diffalign.sampling.sample` with it starts from the same noise."""
     return int.from_bytes(hashlib.sha256(f"{seed}|epoch|{epoch}".encode()).digest()[:8], "big") >> 1
@@ -161,10 +186,12 @@ def rollout(
     epoch: int,
     cond: Cond | None = None,
     negative: Cond | None = None,
+    advance: Advance | None = None,
 ) -> Trajectories:
     """Trajectories of one batch of items; each draws from a generator of its own, by (seed, epoch, prompt, k).
 
-    Without ``cond`` the prompts are encoded here; with it, ``negative`` is what :func:`conditions` gave beside it.
+    Without ``cond`` the prompts are encoded here; with it, ``negative`` is what :func:`conditions` gave beside it. ``advance``
+    draws the states after trained steps; one draw each if not given.
 
     Raises:
         ConfigError: see :func:`check`.
@@ -181,7 +208,7 @@ def rollout(
     before = (x, grid[[0] * rows], torch.zeros(rows, dtype=torch.bool, device=x.device))
     for now, then in pairwise(nodes):
         t, c, c_next = timesteps[now].expand(rows), grid[[now] * rows], grid[[then] * rows]
-        x0, eps = _denoised(model, x, t, c, cond, settings, negative)
+        x0, eps = denoised(model, x, t, c, cond, settings, negative)
         if settings.solver == "dpm++":
             coarse_end = then == nodes[-1] and len(nodes) <= FEW
             x_next = dpm_2m(x, x0, c, c_next, None if coarse_end else before)
@@ -191,10 +218,12 @@ def rollout(
         if inside:
             k, d = settings.rule(c, c_next)
             mean = step_mean(x0, eps, c_next, k)
-            z = torch.stack([torch.randn(x.shape[1:], generator=draws[row]) for row in inside]).to(x)
-            x_next[inside] = mean[inside] + _wide(d[inside], z) * z
+            slots = [now - starts[row] for row in inside]
+            x_next[inside] = (advance or _drawn)(
+                Arrival(inside, slots, mean[inside], d[inside], [draws[r] for r in inside], then)
+            )
             step = Trajectories(x0, x, x_next, mean, t, c, c_next, d, torch.full_like(out.steps[:, 0], now))
-            out.put(inside, [now - starts[row] for row in inside], step)
+            out.put(inside, slots, step)
         outside = torch.ones_like(before[2])
         outside[inside] = False
         before, x = (x0, c, outside), x_next
@@ -210,11 +239,11 @@ def replay(
     ``cond`` and ``negative`` have one row for each of ``some``.
     """
     c, c_next = some.c[:, slot], some.c_next[:, slot]
-    x0, eps = _denoised(model, some.x[:, slot], some.t[:, slot], c, cond, settings, negative)
+    x0, eps = denoised(model, some.x[:, slot], some.t[:, slot], c, cond, settings, negative)
     return step_mean(x0, eps, c_next, settings.rule(c, c_next)[0])
 
 
-def _denoised(
+def denoised(
     model: Model, x: Tensor, t: Tensor, c: Coeffs, cond: Cond, settings: RolloutSettings, negative: Cond | None
 ) -> tuple[Tensor, Tensor]:
     """(x0, eps) that the model sees in x_t: the one evaluation that rollout and replay share."""

@@ -156,6 +156,27 @@ def test_advantages_are_those_of_the_groups(feed: Callable[..., OnlineFeed]) -> 
         assert ((a[:, 0] > a[:, 1]) == (r[:, 0] > r[:, 1])).all()
 
 
+def test_oversampled_groups_are_the_extremes_of_their_previews(feed: Callable[..., OnlineFeed], model: Any) -> None:
+    """Against previews that are made again here, by the one-step sampler without noise from the same seeds."""
+    from diffalign.data.images import to_uint8
+    from diffalign.rollout import rollout
+    from diffalign.sampling import Item
+
+    f = feed("images", online(oversample={"candidates": 6, "steps": 2}, rollout={"rule": {"type": "ode"}}))
+    terms = [f.terms(model, b, frozenset()) for b in f.batches(1)]  # the second rollout
+    turns = [(4 + g) // len(PROMPTS) for g in range(4)]
+    preview = f.spec.rollout.model_copy(update={"num_inference_steps": 2})
+    for n, block in enumerate(f.blocks):
+        for g, (a, b) in enumerate(zip(block.items[::2], block.items[1::2], strict=True)):
+            first = turns[2 * n + g] * 6
+            items = [Item(a.prompt, first + k) for k in range(6)]
+            pixels = to_uint8(model.decode(rollout(model, items, preview, 1, 1).x0)).double().flatten(1).mean(1)
+            assert a.prompt == b.prompt
+            assert {a.k - first, b.k - first} == {int(pixels.argmax()), int(pixels.argmin())}
+    assert f.totals()["reward_calls"] == 4 * 6 + 8
+    assert sum(t.cost for t in terms) == 4 * 6 * 2 + 8 * 3 + 8 * 3
+
+
 # --- pairs and images of the policy's own ----------------------------------------------------------------------------
 
 
@@ -298,11 +319,11 @@ def test_every_kind_of_objective_trains_on_its_own_samples(name: str, tiny: Path
     assert any(w.abs().sum() > 0 for n, w in weights_of(run.folder).items() if "lora_B" in n)
 
 
-@pytest.mark.parametrize("kind", ["ppo", "nft"])
+@pytest.mark.parametrize("kind", ["ppo", "nft", "oversample"])
 def test_resuming_inside_a_rollout_is_bit_equal(kind: str, tiny: Path, tmp_path: Path) -> None:
     """Four updates a rollout, cut after the third: neither sampled again nor scored again."""
-    more: dict[str, Any] = {"objective": {"type": kind}}
-    spec = online(updates=2, inner_epochs=2)
+    more: dict[str, Any] = {"objective": {"type": "ppo" if kind == "oversample" else kind}}
+    spec = online(updates=2, inner_epochs=2, oversample={"candidates": 3, "steps": 1} if kind == "oversample" else None)
     if kind == "nft":
         spec = online(updates=2, inner_epochs=2, old={"rate": 0.5}, rollout={"rule": {"type": "ode"}})
     more["online"] = spec.model_dump()
@@ -366,6 +387,9 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a window beyond the steps": (
         {"online": {"rollout": {"window": {"type": "fixed", "start": 2, "size": 2}, "num_inference_steps": 3}}}, "window"
     ),
+    "fewer candidates than are kept": ({"online": {"oversample": {"candidates": 2}, "group_size": 4}}, "below group_size"),
+    "previews of one noise": ({"online": {"oversample": {}, "rollout": {"same_noise": True}}}, "same_noise"),
+    "previews of parts of groups": ({"online": {"oversample": {}, "group_size": 8}}, "whole groups"),
     "a rule without noise": ({"online": {"rollout": {"rule": {"type": "ode"}}}}, "steps with noise"),
     "several noises of steps": ({"online": {"repeats": 2}}, "repeats"),
     "accumulation": ({"train": {"gradient_accumulation_steps": 2}}, "online.updates"),

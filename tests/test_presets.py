@@ -20,7 +20,8 @@ from diffalign.spec import load
 from diffalign.train.tracking import read_metrics
 
 PRESETS = [n for n in shipped_configs() if n.startswith("presets/") and "/memory/" not in n]
-METHODS = [n for n in PRESETS if kind_of(n) == "train"]
+TRAINED = [n for n in PRESETS if kind_of(n) == "train"]
+METHODS = [n for n in TRAINED if load(TrainConfig, shipped_configs()[n]).online is None]
 CANONICAL = ["diffusion-dpo", "mapo", "diffusion-kto", "rank-dpo", "linear-dpo"]
 CORE = [*CANONICAL, "diffusion-dro", "local-dpo", "smpo", "safeguard-dpo", "curriculum-dpo", "dspo", "rdp", "spin-diffusion"]
 OWN = ("presets/reconstructed/pnapo", "presets/reconstructed/ppd")

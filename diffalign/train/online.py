@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -20,6 +20,7 @@ from diffalign.advantages import Advantages, History
 from diffalign.data.prompts import Prompt
 from diffalign.models import Cond, Model
 from diffalign.objectives import Data, Need, StepTerms, Terms
+from diffalign.oversample import Oversample, preselect
 from diffalign.pairs import PAIR_RULES, BestWorst, Group, PairRule
 from diffalign.path import kl, log_ratio
 from diffalign.preflight import Preflight, preflight
@@ -34,6 +35,12 @@ from diffalign.train.terms import Batch, terms_of
 OLD = "old"
 STANDARDS = 4
 """Samples of the reference per prompt that a reward is compared with (PAR)."""
+
+
+Credit = Literal["image", "steps", "trajectory", "state"]
+"""``image``: finished images, noised again. ``steps``: all their trained steps, each for itself, go by the finished images
+(D3PO); ``trajectory``: the same steps as one, whose errors are summed (PRDP). ``state``: ``group_size`` candidates of each
+trained step from one state, compared by what the model makes of them; one at random goes on (SPO, TailorPO)."""
 
 
 class Behaviour(Spec):
@@ -70,6 +77,10 @@ class Online(Spec):
     advantages: Advantages = Advantages()
     rule: Annotated[PairRule, PAIR_RULES] = BestWorst()
     """Picks the pairs of each group, for losses on pairs."""
+    oversample: Oversample | None = None
+    """Preview more seeds of a prompt than ``group_size``, and sample those that previews set apart."""
+    credit: Credit = "image"
+    """What a pair is of, for losses on pairs."""
     old: Behaviour | None = None
     """Sample from an average of the past; the policy itself if not given."""
 
@@ -80,6 +91,13 @@ class Online(Spec):
             raise ValueError(f"rollout.batch_size {size} must hold whole groups of {self.group_size}, or divide one")
         if images % size:
             raise ValueError(f"{images} images per rollout are no multiple of rollout.batch_size {size}")
+        if self.oversample is not None:
+            if self.oversample.candidates < self.group_size:
+                raise ValueError(f"oversample.candidates {self.oversample.candidates} is below group_size {self.group_size}")
+            if self.rollout.same_noise:
+                raise ValueError("oversample chooses noises, and rollout.same_noise has one for a prompt: drop one of them")
+            if size % self.group_size:
+                raise ValueError(f"oversample needs whole groups: make rollout.batch_size a multiple of {self.group_size}")
         return self
 
     @property
@@ -145,6 +163,8 @@ class OnlineFeed:
         self.gather, self.bare, self.log = gather, bare, log
         self.epoch = -1
         self.blocks: list[Block] = []
+        self.picked: list[list[int]] = []
+        """The k of each item of the plan, where previews choose it."""
         self.history: History = {}
         """Past rewards of each prompt."""
         self.standards: dict[str, list[list[float]]] = {}
@@ -177,26 +197,37 @@ class OnlineFeed:
         blocks = (
             [
                 {"rows": _rows(b.items, whole), "paths": b.paths.state(), "advantages": b.advantages, "rewards": b.rewards}
-                for b, whole in zip(self.blocks, self._plan(self.epoch), strict=True)
+                for b, whole in zip(self.blocks, self._chosen(self.epoch), strict=True)
             ]
             if self.blocks
             else []
         )
-        kept = {"epoch": self.epoch, "calls": self.rewards.calls, "history": self.history, "standards": self.standards}
+        kept = {
+            "epoch": self.epoch,
+            "picked": self.picked,
+            "calls": self.rewards.calls,
+            "history": self.history,
+            "standards": self.standards,
+        }
         return kept | {"blocks": blocks}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Back to what :meth:`state` gave."""
         self.epoch, self.rewards.calls = state["epoch"], state["calls"]
-        self.history, self.standards = state["history"], state["standards"]
+        self.history, self.standards, self.picked = state["history"], state["standards"], state["picked"]
         self.blocks = [
             Block([items[i] for i in b["rows"]], Trajectories.of(b["paths"]), b["advantages"], b["rewards"])
-            for items, b in zip(self._plan(self.epoch) if state["blocks"] else [], state["blocks"], strict=True)
+            for items, b in zip(self._chosen(self.epoch) if state["blocks"] else [], state["blocks"], strict=True)
         ]
 
     def totals(self) -> dict[str, Any]:
         """What was spent beside denoiser passes."""
         return {"reward_calls": self.rewards.calls * self.world}
+
+    @property
+    def replays(self) -> bool:
+        """Whether steps of trajectories are trained on."""
+        return self.data == "steps" or self.spec.credit != "image"
 
     def preflight(self, autocast: Callable[[], AbstractContextManager[Any]]) -> Preflight:
         """The first block of the next rollout, replayed as training will."""
@@ -222,17 +253,15 @@ class OnlineFeed:
     @torch.no_grad()
     def _collect(self, epoch: int, step: int) -> None:
         """Sample, score and weigh the images of an epoch."""
-        model, spec = self.model, self.spec
-        if spec.old is not None or "old" in self.needs:
-            follow(model.named_weights, 0.0 if spec.old is None else spec.old.decay(epoch))
-        plan = self._plan(epoch)
-        model.net.eval()
-        with self.bare(), model.weights(OLD) if spec.old else nullcontext():
+        spec = self.spec
+        self._follow(epoch)
+        with self._sampling():
+            self.picked = [] if spec.oversample is None else self._previewed(spec.oversample, epoch)
+            plan = self._chosen(epoch)
             paths, values = self._sampled(plan, epoch)
         if spec.advantages.shaping == "par":
-            with self.bare(), model.weights("reference"):
+            with self._sampling("reference"):
                 self._set_standards(plan)
-        model.net.train()
         advantages, rewards, kept, facts = self._weigh(plan, values, epoch)
         self.blocks = []
         for items, path, a, r, k in zip(plan, paths, advantages, rewards, kept, strict=True):
@@ -240,6 +269,44 @@ class OnlineFeed:
             self.blocks.append(Block([items[i] for i in rows], path[rows], a[rows], r[rows]))
         self.epoch = epoch
         self.log(step, facts)
+
+    def _chosen(self, epoch: int) -> list[list[Item]]:
+        """The plan of the last epoch that was begun, with the seeds that previews chose, if they do."""
+        plan = self._plan(epoch)
+        if not self.picked:
+            return plan
+        return [[Item(i.prompt, k) for i, k in zip(b, ks, strict=True)] for b, ks in zip(plan, self.picked, strict=True)]
+
+    def _previewed(self, how: Oversample, epoch: int) -> list[list[int]]:
+        """The k of each item of the plan: those candidates of its prompt whose previews stand out."""
+        size, settings, out = self.spec.group_size, self.spec.rollout, []
+
+        def reward(images: Tensor, items: Sequence[Item]) -> Tensor:
+            return self.rewards.total(self.rewards(images / 255, [item.prompt.text for item in items]).double())
+
+        for items in self._plan(epoch):
+            groups = items[::size]
+            begin = [item.k // size * how.candidates for item in groups]
+            more = {"candidates": how.candidates, "keep": size, "steps": how.steps, "by": how.by, "begin": begin}
+            prompts = [item.prompt for item in groups]
+            found = preselect(self.model, prompts, reward, settings, self.seed, epoch, **more)  # type: ignore[arg-type]
+            out.append([k for row in found for k in row])
+            self.unpaid += len(groups) * how.candidates * how.steps * self._branches
+        return out
+
+    def _follow(self, epoch: int) -> None:
+        """Bring the policy that samples up to date, where it is not the trained one or is asked for."""
+        if self.spec.old is not None or "old" in self.needs:
+            follow(self.model.named_weights, 0.0 if self.spec.old is None else self.spec.old.decay(epoch))
+
+    @contextmanager
+    def _sampling(self, weights: str | None = None) -> Iterator[None]:
+        """The bare network as it samples, by the weights of this name or those of the policy that samples."""
+        name = weights or (OLD if self.spec.old else None)
+        self.model.net.eval()
+        with self.bare(), self.model.weights(name) if name else nullcontext():
+            yield
+        self.model.net.train()
 
     def _sampled(self, plan: Sequence[Sequence[Item]], epoch: int) -> tuple[list[Trajectories], Tensor]:
         """Trajectories of the blocks and their values (names, blocks, B): one block is scored while the next is sampled."""
@@ -384,7 +451,7 @@ class OnlineFeed:
         some, items = batch.block.paths[rows], batch.block.items[rows]
 
         def mean() -> Tensor:
-            cond, negative = self._read(batch)
+            cond, negative = self._read(batch.block, rows)
             return replay(model, some, slot, cond, settings, negative)
 
         std, old, arrived = some.std[:, slot], some.mean[:, slot], some.x_next[:, slot]
@@ -409,13 +476,13 @@ class OnlineFeed:
             cost=len(items) * passes * self._branches,
         )
 
-    def _read(self, batch: StepBatch) -> tuple[Cond, Cond | None]:
-        """The block's prompts, encoded as they were when it was sampled: all together, once for all its parts and steps."""
-        model, block = self.model, batch.block
-        if self._encoded[0] is not block or model.trains_texts:
-            self._encoded = (block, *conditions(model, block.items, self.spec.rollout))
+    def _read(self, block: Block, rows: slice | list[int]) -> tuple[Cond, Cond | None]:
+        """The block's prompts, encoded as when it was sampled: all together, once for all its steps, in full precision."""
+        if self._encoded[0] is not block or self.model.trains_texts:
+            with torch.autocast(block.paths.x0.device.type, enabled=False):
+                self._encoded = (block, *conditions(self.model, block.items, self.spec.rollout))
         _, cond, negative = self._encoded
-        return cond[batch.rows], None if negative is None else negative[batch.rows]
+        return cond[rows], None if negative is None else negative[rows]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,221 @@
+"""Preferences between steps of the model's own trajectories, for losses on pairs.
+
+The error of a step is that of :mod:`diffalign.objectives.stepwise`, e = mean (x_next - mu)^2 / (2 std^2), so that e_ref - e is
+the logarithm of the ratio of policies. Sums are in fp64: the differences that teach are a millionth of the errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign.branching import branch
+from diffalign.models import Model
+from diffalign.objectives import Need, PairTerms, Terms
+from diffalign.pairs import Group
+from diffalign.rollout import replay
+from diffalign.sampling import Item
+from diffalign.train.online import Block, OnlineFeed
+
+NEEDS: frozenset[Need] = frozenset({"loser", "reference", "scores", "old"})
+"""What pairs of steps can tell."""
+
+
+@dataclass(frozen=True)
+class Fork(Block):
+    """Trajectories with two of the candidates at each trained step; ``paths.x_next`` is the better one."""
+
+    rejected: Tensor
+    """(B, S, C, H, W), the worse one."""
+    scores: Tensor
+    """(B, S, 2), rewards of the previews of both."""
+    decided: Tensor
+    """(B, S) bool, no tie."""
+
+
+@dataclass(frozen=True)
+class StepPairs:
+    """P pairs of steps: of rows of a block, at the slots given, all of them together."""
+
+    block: Block
+    rows: list[int]
+    """Of the block: whose means are computed."""
+    pairs: list[tuple[int, int]]
+    """Winner and loser among ``rows``; the same row twice where both come from one state."""
+    slots: list[int]
+    weight: Tensor
+    """(P,)"""
+    fresh: int
+    """Images that have not been seen in this use of the block."""
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+
+class StepwiseFeed(OnlineFeed):
+    """``online.credit`` steps and trajectory: stored steps go by the preference between finished images of their group."""
+
+    def batches(self, step: int) -> Iterator[StepPairs]:  # type: ignore[override]
+        """This process's micro-batches of one optimizer step, as many in every process; the first of an epoch samples."""
+        epoch, part = divmod(step, self.spec.steps_per_rollout)
+        if epoch != self.epoch:
+            self._collect(epoch, step)
+        inner, update = divmod(part, self.spec.updates)
+        found = [x for block in self._chunk(self.blocks, inner, update) for x in self._of(block)]
+        total = self.gather(torch.tensor([sum(x.weight.sum().item() for x in found)])).sum().item()
+        for x in found:  # the loop takes means of means; the mean of all pairs is wanted
+            yield replace(x, weight=x.weight * len(x) * len(found) * self.world / max(total, 1.0))
+
+    def terms(self, model: Model, batch: Any, needs: frozenset[Need], reference: str = "reference") -> Terms:
+        """Errors of steps, (P,) each; those of a trajectory are summed over its steps."""
+        paths, rows, settings = batch.block.paths[batch.rows], batch.rows, self.spec.rollout
+        win, lose = (list(side) for side in zip(*batch.pairs, strict=True))
+        worse = batch.block.rejected[rows] if isinstance(batch.block, Fork) else paths.x_next
+
+        def means() -> list[Tensor]:
+            cond, negative = self._read(batch.block, rows)
+            return [replay(model, paths, slot, cond, settings, negative) for slot in batch.slots]
+
+        def errors(of: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+            sides = [
+                (step_error(x[win], m[win], s[win]), step_error(y[lose], m[lose], s[lose]))
+                for m, x, y, s in zip(of, arrived, missed, stds, strict=True)
+            ]
+            return torch.stack([w for w, _ in sides]).sum(0), torch.stack([y for _, y in sides]).sum(0)
+
+        arrived, missed, stds = ([a[:, slot] for slot in batch.slots] for a in (paths.x_next, worse, paths.std))
+        found: dict[str, Tensor] = {}
+        passes = 3
+        if "reference" in needs:
+            with torch.no_grad(), model.weights(reference):
+                found["ref_winner"], found["ref_loser"] = errors(means())
+            passes += 1
+        if "old" in needs:
+            found["old_winner"], found["old_loser"] = errors([paths.mean[:, slot] for slot in batch.slots])
+        if "scores" in needs:
+            found["score_winner"], found["score_loser"] = self._scores(batch, win, lose)
+        winner, loser = errors(means())
+        when = 1 - paths.steps[:, batch.slots].double().mean(1) / settings.num_inference_steps
+        cost, self.unpaid = len(rows) * len(batch.slots) * passes * self._branches + self.unpaid, 0
+        return PairTerms(winner, loser, **found, t=when[win], weight=batch.weight.to(winner), images=batch.fresh, cost=cost)
+
+    def _of(self, block: Block) -> Iterator[StepPairs]:
+        """The block in parts of whole groups, step by step; a part without a preference weighs nothing."""
+        slots, k = list(range(block.paths.std.shape[1])), self.spec.group_size
+        for start in range(0, len(block.items), self.batch_size):
+            found = []
+            for first in range(start, min(start + self.batch_size, len(block.items)), k):
+                rewards = block.rewards[first : first + k].tolist()
+                if all(r == r for r in rewards):
+                    found += [(first + p.chosen, first + p.rejected) for p in self.spec.rule(Group(rewards))]
+            weight = torch.full((len(found),), 1.0) if found else torch.zeros(1)
+            found = found or [(start, start + 1)]
+            rows = sorted({row for pair in found for row in pair})
+            pairs = [(rows.index(w), rows.index(y)) for w, y in found]
+            for n, some in enumerate([slots] if self.spec.credit == "trajectory" else [[s] for s in slots]):
+                yield StepPairs(block, rows, pairs, some, weight, 0 if n else len(rows))
+
+    def _scores(self, batch: StepPairs, win: list[int], lose: list[int]) -> tuple[Tensor, Tensor]:
+        """Advantages of the finished images, as for all losses that read scores."""
+        mine = batch.block.advantages[batch.rows].to(batch.block.paths.x0.device)
+        return mine[win], mine[lose]
+
+
+class StateFeed(StepwiseFeed):
+    """``online.credit: state``: at each trained step the best candidate against the worst, from one state.
+
+    A trajectory takes the place of a group, and ``rollout.batch_size`` counts candidates.
+    """
+
+    blocks: list[Fork]  # type: ignore[assignment]
+
+    def state(self) -> dict[str, Any]:
+        kept = super().state()
+        for saved, fork in zip(kept["blocks"], self.blocks, strict=True):
+            saved |= {"rejected": fork.rejected, "scores": fork.scores, "decided": fork.decided}
+        return kept
+
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
+        self.blocks = [
+            Fork(**{f.name: getattr(b, f.name) for f in fields(Block)}, **{n: s[n] for n in ("rejected", "scores", "decided")})
+            for b, s in zip(self.blocks, state["blocks"], strict=True)
+        ]
+
+    def _plan(self, epoch: int) -> list[list[Item]]:
+        return [block[:: self.spec.group_size] for block in super()._plan(epoch)]
+
+    @torch.no_grad()
+    def _collect(self, epoch: int, step: int) -> None:
+        self._follow(epoch)
+        made = []
+        with self._sampling(), ThreadPoolExecutor(1) as scoring:
+            for items in self._plan(epoch):
+                made.append((items, *self._forked(items, epoch, scoring)))
+        self.blocks = [self._fork(items, paths, candidates, values) for items, paths, candidates, values in made]
+        self.epoch = epoch
+        values = self.gather(torch.stack([v for *_, v in made], 1).transpose(0, 1).contiguous()).double()
+        total = self.rewards.total(values.transpose(0, 1))
+        decided = self.gather(torch.stack([b.decided.float() for b in self.blocks]))
+        within = (total - total.nanmean(-1, keepdim=True)).square().nanmean(-1).sqrt()
+        facts = {"reward": total, "reward_std": within, "decided": decided, "epoch": torch.tensor(float(epoch))}
+        facts |= {name: values[:, i] for i, name in enumerate(self.rewards.names)}
+        self.log(step, {f"rollout/{name}": value.nanmean().item() for name, value in facts.items()})
+
+    def _forked(self, items: Sequence[Item], epoch: int, scoring: ThreadPoolExecutor) -> tuple[Any, Tensor, Tensor]:
+        """Paths, candidates (B, S, K, C, H, W) and rewards (names, B, S, K): a step is scored while others are made."""
+        spec, asked = self.spec, list[tuple[list[int], list[int], Future[Tensor]]]()
+
+        def see(rows: list[int], slots: list[int], x0: Tensor) -> None:
+            texts = [items[row].prompt.text for row in rows for _ in range(spec.group_size)]
+            asked.append((rows, slots, scoring.submit(self.rewards, self.model.decode(x0.flatten(0, 1)), texts)))
+
+        made = branch(self.model, items, spec.rollout, self.seed, epoch, spec.group_size, see)
+        self.unpaid += made.passes * self._branches
+        values = torch.empty(len(self.rewards.names), *made.candidates.shape[:3])
+        for rows, slots, found in asked:
+            values[:, rows, slots] = found.result().view(len(values), len(rows), spec.group_size)
+        return made.paths, made.candidates, values
+
+    def _fork(self, items: list[Item], paths: Any, candidates: Tensor, values: Tensor) -> Fork:
+        """The two of each state's candidates that the rule picks; the first two, undecided, where it finds a tie."""
+        total = self.rewards.total(values.double())
+        b, s, _ = total.shape
+        best, worst = torch.zeros(b, s, dtype=torch.long), torch.ones(b, s, dtype=torch.long)
+        decided = torch.zeros(b, s, dtype=torch.bool)
+        for row in range(b):
+            for slot in range(s):
+                rewards = total[row, slot].tolist()
+                found = self.spec.rule(Group(rewards)) if all(r == r for r in rewards) else []
+                if found:
+                    best[row, slot], worst[row, slot], decided[row, slot] = found[0].chosen, found[0].rejected, True
+        i, j = torch.arange(b)[:, None], torch.arange(s)
+        scores = torch.stack([total[i, j, best], total[i, j, worst]], -1).nan_to_num(0).float()
+        paths = replace(paths, x_next=candidates[i, j, best])
+        mean = total.flatten(1).nanmean(1).float()
+        return Fork(items, paths, torch.zeros(b), mean, candidates[i, j, worst], scores, decided)
+
+    def _of(self, block: Block) -> Iterator[StepPairs]:
+        assert isinstance(block, Fork)
+        for start in range(0, len(block.items), self.batch_size):
+            rows = list(range(start, min(start + self.batch_size, len(block.items))))
+            pairs = [(n, n) for n in range(len(rows))]
+            for slot in range(block.paths.std.shape[1]):
+                weight = block.decided[rows, slot].float()
+                yield StepPairs(block, rows, pairs, [slot], weight, 0 if slot else len(rows))
+
+    def _scores(self, batch: StepPairs, win: list[int], lose: list[int]) -> tuple[Tensor, Tensor]:
+        """Rewards of the two previews, as they are."""
+        assert isinstance(batch.block, Fork)
+        both = batch.block.scores[batch.rows, batch.slots[0]].to(batch.block.paths.x0.device)
+        return both[:, 0], both[:, 1]
+
+
+def step_error(x_next: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """mean (x_next - mu)^2 / (2 std^2), (B,) in fp64; minus it is the step's log-density up to what no policy changes."""
+    return (x_next.double() - mean.double()).square().flatten(1).mean(1) / (2 * std.double().square())

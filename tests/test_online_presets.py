@@ -1,0 +1,88 @@
+"""Every online method's preset takes two steps on a tiny model of a kind that its sampler knows, with a tiny reward."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffalign.catalogue import shipped_configs
+from diffalign.recipes import TrainConfig, train
+from diffalign.spec import dump, load, validate
+from diffalign.train.tracking import read_metrics
+
+ONLINE = {
+    name: config
+    for name, path in shipped_configs().items()
+    if name.startswith("presets/") and (config := load(TrainConfig, path)).online is not None
+}
+FAST = ["ddpo", "flow-grpo-fast", "diffusion-nft", "spo"]
+REWARD = {"scorers": ["test_online:brightness"], "weights": {"brightness": 1.0}}
+
+
+def models_of(config: TrainConfig) -> list[str]:
+    """The tiny models whose path the preset's rule is defined on."""
+    assert config.online is not None
+    on = config.online.rollout.rule.on
+    return [family for family, path in (("sd", "noise"), ("sd3", "flow")) if path in on]
+
+
+def small(config: TrainConfig, model: Path, out: Path) -> dict[str, Any]:
+    """The preset with few images, few steps and no half precision; its method is as it stands."""
+    sections = config.model_dump(mode="json")
+    online, rollout = sections["online"], sections["online"]["rollout"]
+    sections["model"] = {"path": str(model), "lora": {"rank": 4}}
+    if model.name.startswith("sd3"):
+        sections["model"]["max_sequence_length"] = 16
+    last = max(6, rollout["window"].get("begin", 0) + rollout["window"].get("size", 0) + 2)
+    rollout |= {"num_inference_steps": min(rollout["num_inference_steps"], last), "batch_size": 4}
+    if "size" in rollout["window"]:
+        rollout["window"]["size"] = min(rollout["window"]["size"], 2)
+    online |= {"prompts": "shapes:train", "num_prompts": 8, "prompts_per_rollout": 4, "updates": 1, "reward": REWARD}
+    online |= {"group_size": min(online["group_size"], 2), "repeats": min(online["repeats"], 2)}
+    online["oversample"] = online["oversample"] and {**online["oversample"], "candidates": 3, "steps": 2}
+    online["rule"] |= {"min_margin": 0}
+    sections["train"] |= {"max_steps": 2, "per_device_train_batch_size": 4, "mixed_precision": "no", "logging_steps": 1}
+    return sections | {"output_dir": str(out), "evaluate": {"enabled": False}}
+
+
+CASES = [(name, family) for name, config in ONLINE.items() for family in models_of(config)]
+
+
+@pytest.mark.parametrize(
+    ("name", "family"), [c if c[0].rpartition("/")[2] in FAST else pytest.param(*c, marks=pytest.mark.slow) for c in CASES]
+)
+def test_an_online_preset_takes_two_steps(name: str, family: str, folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    config = validate(TrainConfig, small(ONLINE[name], folder_of(family), tmp_path / "run"))
+    metrics = train(config).metrics
+    lines = read_metrics(tmp_path / "run")
+    assert metrics["steps"] == 2
+    assert metrics["reward_calls"] > 0
+    losses = [x["loss"] for x in lines if "loss" in x]
+    assert len(losses) == 2
+    assert all(math.isfinite(x) for x in losses)
+
+
+def test_online_presets_say_where_they_come_from() -> None:
+    for name in ONLINE:
+        head = [line for line in shipped_configs()[name].read_text().splitlines() if line.startswith("#")]
+        assert len(head) >= 2, name
+        assert re.search(r"arXiv \d{4}\.\d{5}", "\n".join(head)), name
+        assert ("/reconstructed/" in name) == head[0].startswith("# status: reconstruction"), name
+
+
+def test_an_online_preset_is_written_and_read_again_unchanged() -> None:
+    import yaml
+
+    for name, config in ONLINE.items():
+        assert validate(TrainConfig, yaml.safe_load(dump(config))) == config, name
+
+
+def test_the_online_methods_are_there() -> None:
+    core = "ddpo flow-grpo flow-grpo-fast dance-grpo mixgrpo mixgrpo-flash pref-grpo grpo-guard diffusion-nft awm online-dpo"
+    core += " rwr d3po spo sol-rl"
+    assert {f"presets/{name}" for name in core.split()} <= ONLINE.keys()
