@@ -92,6 +92,18 @@ def contradictions(config: TrainConfig) -> None:
     }
     if not source.has_scores and (wanted := [key for key, is_set in scores.items() if is_set]):
         raise ValueError(f"{wanted[0]} reads scores, but rounds.source {name} makes none: use rounds.source.type: scored")
+    columns = {
+        "data.groups": data.groups is not None,
+        "data.profiles": data.profiles is not None,
+        "data.holdout_by: user": data.holdout_by == "user",
+        "data.maps": data.maps in ("region", "segments"),
+        "data.labels": data.labels is not None,
+        "train.balance_kinds": config.train.balance_kinds is not None,
+    }
+    if wanted := [key for key, is_set in columns.items() if is_set]:
+        raise ValueError(f"{wanted[0]} reads what the pairs of a round do not say: drop it")
+    if config.coupling.noise == "replay":
+        raise ValueError("coupling.noise: replay makes losers of its own, and so do rounds: drop one")
     if config.coupling.captions == "own":
         raise ValueError("coupling.captions is own, but both images of a round's pair have one caption: drop it")
     if config.coupling.noise == "stored" and source.reads_data:
