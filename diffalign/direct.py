@@ -29,6 +29,8 @@ def consistent(c: TrainConfig) -> None:
         return
     if c.online is not None:
         raise ValueError("online learns from scores of samples, direct from gradients of rewards: keep one of them")
+    if c.rounds is not None:
+        raise ValueError("rounds make pairs of samples, which direct does without: keep one of them")
     if not rewarded:
         raise ValueError(
             f"{c.total.names} is about {c.total.data}, not rewards: set objective.type=draft or refl, or drop direct"

@@ -112,11 +112,13 @@ def licences(config: TrainConfig) -> list[dict[str, str | None]]:
         with suppress(DataError):  # no dataset folder, or one without the column
             stated = set(read_table(Path(data), "images", ["licence"])["licence"].to_pylist())
     of_images = ", ".join(sorted(x or "unknown for some images" for x in stated)) if stated - {None} else None
-    if config.rounds is None or config.rounds.uses_data:
+    own = config.direct or config.online  # samples, instead of pairs
+    if own is None and (config.rounds is None or config.rounds.uses_data):
         found.append(("pairs", data, of_images or licence(data, kind="dataset")))
     scorers = list(config.evaluate.scorers) if config.evaluate.enabled else []
     if config.rounds is not None and isinstance(config.rounds.source, Judged):
         scorers += config.rounds.source.scorers
+    scorers += own.reward.scorers if own is not None else []
     for name in dict.fromkeys(scorers):
         kind, _, rest = name.partition(":")
         found.append(("scorer", name, LICENCE if kind in ("shapes", "taste") else licence(rest) if kind == "clip" else None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -50,7 +51,7 @@ class Endless(Brightness):
 
 
 def direct(through: dict[str, Any] | None = None, steps: int = 3, **more: Any) -> Direct:
-    reward = {"scorers": [BRIGHT], "weights": {"brightness": 1.0}}
+    reward = {"scorers": [BRIGHT]}
     base = {"reward": reward, "sampling": {"num_inference_steps": steps} | more.pop("sampling", {})}
     return validate(Direct, base | ({"through": through} if through else {}) | more)
 
@@ -388,11 +389,11 @@ def test_the_reward_rises_and_falls_as_asked(model: Any, through: str) -> None:
 
 
 def test_a_scorer_without_gradients_is_named(tmp_path: Path) -> None:
-    spec = GradientRewardSpec(scorers=["compressibility"], weights={"compressibility": 1.0})
+    spec = GradientRewardSpec(scorers=["compressibility"])
     with pytest.raises(ConfigError, match=r"compressibility gives no gradient") as e:
         GradientRewards(spec, make_scorers(spec.scorers))
     assert "hpsv2" in str(e.value.hint)
-    plain = GradientRewardSpec(scorers=["test_online:brightness"], weights={"brightness": 1.0})
+    plain = GradientRewardSpec(scorers=["test_online:brightness"])
     with pytest.raises(ConfigError, match="brightness gives no gradient"):
         GradientRewards(plain, make_scorers(plain.scorers))
 
@@ -404,7 +405,7 @@ def test_weights_must_name_the_scorers() -> None:
 
 
 def test_a_reward_that_is_not_finite_names_the_prompt() -> None:
-    spec = GradientRewardSpec(scorers=["test_direct:Endless"], weights={"brightness": 1.0})
+    spec = GradientRewardSpec(scorers=["test_direct:Endless"])
     rewards = GradientRewards(spec, make_scorers(spec.scorers))
     with pytest.raises(Exception, match="brightness of 'picture 3' is not finite"):
         rewards(torch.rand(5, 3, 8, 8), [p.text for p in PROMPTS])
@@ -414,12 +415,12 @@ def test_rewards_are_columns_by_their_weights() -> None:
     from diffalign.objectives import RewardTerms
     from diffalign.objectives.direct import ReFL
 
-    spec = GradientRewardSpec(scorers=[BRIGHT, "clip:shapes-clip"], weights={"clip": 0.5, "brightness": 2.0})
+    spec = GradientRewardSpec(scorers=[BRIGHT, "clip:shapes-clip"], weights={"brightness": 2.0})
     rewards = GradientRewards(spec, make_scorers(spec.scorers))
     pixels = torch.rand(3, 3, 32, 32)
     found, values = rewards(pixels, ["a red circle"] * 3)
-    torch.testing.assert_close(found[:, 1], 2 * pixels.mean((1, 2, 3)))
-    torch.testing.assert_close(found[:, 0], 0.5 * values["clip"])
+    torch.testing.assert_close(found[:, 0], 2 * pixels.mean((1, 2, 3)))
+    torch.testing.assert_close(found[:, 1], values["clip"])
     # IterComp: each of several rewards has a hinge of its own
     hinged = ReFL(target=0.9)(RewardTerms(found, values), {}).loss
     torch.testing.assert_close(hinged, (0.9 - found).clamp(min=0).sum(1))
@@ -466,6 +467,8 @@ def test_a_run_leaves_weights_and_figures(objective: str, tiny: Path, tmp_path: 
     run = train(validate(TrainConfig, small(tiny, tmp_path / "run", objective={"type": objective})))
     lines = [x for x in read_metrics(run.folder) if "loss" in x]
     assert run.metrics["reward_calls"] == 4
+    made_from = [x["name"] for x in json.loads((run.folder / "env.json").read_text())["licences"]]
+    assert made_from == [str(tiny), BRIGHT]  # and no pairs
     assert run.metrics["denoiser_passes"] > 0
     assert all(0 < line["reward"] == line["reward/brightness"] < 1 for line in lines)
     assert any(w.abs().sum() > 0 for n, w in weights_of(run.folder).items() if "lora_B" in n)
@@ -521,6 +524,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "rewards without the section": ({"direct": None}, "add the section direct"),
     "another objective": ({"objective": {"type": "sft"}}, "sft is about"),
     "both sections": ({"online": {}}, "keep one of them"),
+    "rounds beside": ({"rounds": {}}, "keep one of them"),
     "stored data beside": ({"data": {"limit": 3}}, "drop data"),
     "times of noising": ({"timesteps": {"type": "logit_normal"}}, "timesteps and coupling"),
     "captions dropped": ({"train": {"caption_dropout": 0.1}}, "drop"),
@@ -532,7 +536,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"direct": {"sampling": {"num_inference_steps": 3, "rule": {"type": "flow_sde"}}}}, "not defined for epsilon"
     ),
     "a reward without gradients": (
-        {"direct": {"reward": {"scorers": ["shapes"], "weights": {"shapes": 1.0}}}}, "shapes gives no gradient"
+        {"direct": {"reward": {"scorers": ["shapes"]}}}, "shapes gives no gradient"
     ),
 }  # fmt: skip
 

@@ -107,13 +107,13 @@ class GradientRewardSpec(Spec):
 
     scorers: list[str] = Field(default=["clip:shapes-clip"], min_length=1)
     """As ``evaluate.scorers``, of those that give gradients."""
-    weights: dict[str, float] = Field(default={"clip": 1.0}, min_length=1)
-    """The factor of each scorer, by its name. Losses see each product for itself."""
+    weights: dict[str, float] = {}
+    """Factors of the scorers, by their names; 1 where none is given. Losses see each product for itself."""
     contrast: Contrast | None = None
 
 
 class GradientRewards:
-    """Pixels and prompts to weighted rewards (B, R) with a gradient, R scorers in the order of ``weights``.
+    """Pixels and prompts to weighted rewards (B, R) with a gradient, one column for each of R scorers.
 
     Raises:
         ConfigError: a scorer gives no gradient or needs more than images and prompts, or the weights name others.
@@ -130,12 +130,9 @@ class GradientRewards:
                     hint="use one that does, such as clip, pickscore, hpsv2, imagereward or aesthetic-v2; "
                     "the section online learns from any scorer",
                 )
-        if odd := sorted(by_name.keys() ^ spec.weights.keys()):
-            raise ConfigError(
-                f"direct.reward: {odd[0]!r} is not both among the scorers and in the weights",
-                hint=f"weigh {', '.join(by_name)}",
-            )
-        self.scorers = {name: by_name[name] for name in spec.weights}
+        if odd := sorted(spec.weights.keys() - by_name.keys()):
+            raise ConfigError(f"direct.reward.weights: no scorer gives {odd[0]!r}", hint=f"given: {', '.join(by_name)}")
+        self.scorers = by_name
         self.calls = 0
         """Pictures that were scored."""
 
@@ -153,7 +150,7 @@ class GradientRewards:
                 raise DiffalignError(
                     f"reward: {name} of {said!r} is not finite", hint="resume from a checkpoint at a lower rate"
                 )
-        weighted = [self.spec.weights[name] * value for name, value in values.items()]
+        weighted = [self.spec.weights.get(name, 1.0) * value for name, value in values.items()]
         return torch.stack(weighted, 1), {name: value.detach() for name, value in values.items()}
 
     def _one(self, scorer: Any, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
