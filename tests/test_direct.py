@@ -524,7 +524,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "rewards without the section": ({"direct": None}, "add the section direct"),
     "another objective": ({"objective": {"type": "sft"}}, "sft is about"),
     "both sections": ({"online": {}}, "keep one of them"),
-    "rounds beside": ({"rounds": {}}, "keep one of them"),
+    "rounds beside": ({"rounds": {"count": 2, "source": {"type": "self_play"}}}, "keep one of them"),
     "stored data beside": ({"data": {"limit": 3}}, "drop data"),
     "times of noising": ({"timesteps": {"type": "logit_normal"}}, "timesteps and coupling"),
     "captions dropped": ({"train": {"caption_dropout": 0.1}}, "drop"),
