@@ -294,6 +294,15 @@ def test_checkpointed_gradients_are_the_same(through: str, tiny: Path) -> None:
     agree(found[0], found[1], rtol=1e-5, atol=1e-9)
 
 
+def test_pictures_decoded_one_by_one_have_the_same_gradient(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for large in (32 * 32 * 2, 32 * 32):  # two pictures of 32 px together, or each alone
+        monkeypatch.setattr("diffalign.models.pipeline.LARGE", large)
+        found.append(gradients(model, reward_of(model, latents(model, Last())[0])))
+        assert model.pipeline.vae.use_slicing == (large == 32 * 32)
+    agree(found[0], found[1], rtol=1e-4, atol=1e-8)
+
+
 def test_half_precision_keeps_the_gradient(model: Any) -> None:
     feed = feed_of(model, direct({"type": "last", "steps": 2}))
     whole = gradients(model, feed.terms(model, next(feed.batches(0)), NONE).reward.sum())
