@@ -314,7 +314,15 @@ def summary(estimate: Estimate, switch: tuple[list[str], Estimate] | None, measu
 
 
 def estimate(config: TrainConfig, measure: bool = False) -> dict[str, Any]:
-    """The whole of ``diffalign estimate``; see :func:`summary`."""
+    """The whole of ``diffalign estimate``; see :func:`summary`.
+
+    Raises:
+        ConfigError: the run samples its own images, of which nothing is known here.
+    """
+    if config.online is not None or config.direct is not None:
+        raise ConfigError(
+            "estimate counts training on stored examples alone", hint="run train.max_steps=2, which logs its peak"
+        )
     estimator = Estimator(config.model.path, config.model.revision)
     measured = measured_on_cuda(config) if measure else None
     return summary(estimator(config), estimator.best_switch(config), measured)

@@ -36,27 +36,16 @@ CLIP_OVER_NOISE = 10.0
 def consistent(c: TrainConfig) -> None:
     """Refuse what cannot work between objective and rollout, with the remedy."""
     total, online = c.total, c.online
-    names = " + ".join(str(getattr(o, "type", type(o).__name__)) for o in total.parts)
+    names = total.names
     if online is None:
-        if total.data in ("steps", "images", "rewards") or total.needs & {"old", "residual"}:
+        if total.data in ("steps", "images") or total.needs & {"old", "residual"}:
             raise ValueError(f"{names} learns from the model's own samples: add the section online")
         return
-    if c.data != DataSpec():
-        raise ValueError("data is about stored examples, but online samples its own: drop data")
-    stored = c.train.caption_dropout or c.train.balance_kinds is not None
-    if stored or c.coupling.captions == "own" or c.coupling.noise in ("stored", "inverted", "replay"):
-        raise ValueError(
-            "caption_dropout, balance_kinds, coupling.captions: own, and stored, inverted or replayed noise are about stored "
-            "examples: drop them"
-        )
+    without_data(c, "online")
     if c.train.gradient_accumulation_steps > 1:
         raise ValueError(
             "online.updates says how many optimizer steps a rollout makes: drop train.gradient_accumulation_steps"
         )
-    if isinstance(c.reference, Periodic) and c.reference.max_drift is not None:
-        raise ValueError("reference.max_drift is measured on stored winners, which online has none of: drop it")
-    if c.train.metric_for_best.startswith("heldout/") and (c.train.early_stopping_patience or c.train.load_best):
-        raise ValueError("online holds out no pairs: set train.metric_for_best=select/score")
     if online.group_size < 2 and (total.data in ("pairs", "groups") or online.advantages.baseline != "running"):
         raise ValueError("online.group_size 1 leaves nothing to compare: raise it, or set online.advantages.baseline=running")
     if total.data in ("pairs", "groups") and online.rollout.batch_size % online.group_size:
@@ -99,6 +88,35 @@ def stepwise(c: TrainConfig, online: Online, names: str) -> None:
         )
 
 
+def without_data(c: TrainConfig, section: str) -> None:
+    """Refuse what is about stored examples where a section samples its own."""
+    if c.data != DataSpec():
+        raise ValueError(f"data is about stored examples, but {section} samples its own: drop data")
+    stored = c.train.caption_dropout or c.train.balance_kinds is not None
+    if stored or c.coupling.captions == "own" or c.coupling.noise in ("stored", "inverted", "replay"):
+        raise ValueError(
+            "caption_dropout, balance_kinds, coupling.captions: own, and stored, inverted or replayed noise are about stored "
+            "examples: drop them"
+        )
+    if isinstance(c.reference, Periodic) and c.reference.max_drift is not None:
+        raise ValueError(f"reference.max_drift is measured on stored winners, which {section} has none of: drop it")
+    if c.train.metric_for_best.startswith("heldout/") and (c.train.early_stopping_patience or c.train.load_best):
+        raise ValueError(f"{section} holds out no pairs: set train.metric_for_best=select/score")
+
+
+def own_prompts(source: str, limit: int, seed: int, asked: Sequence[Prompt], section: str) -> list[Prompt]:
+    """The prompts of a section that samples its own: none that is evaluated on.
+
+    Raises:
+        ConfigError: there are no others.
+    """
+    said = {normalised(p.text) for p in asked}
+    prompts = [p for p in prompts_of(source, limit, seed) if normalised(p.text) not in said]
+    if not prompts:
+        raise ConfigError(f"{section}.prompts: all of them are evaluated on", hint="use other prompts")
+    return prompts
+
+
 def online_feed(
     config: TrainConfig,
     state: TrainState,
@@ -120,11 +138,8 @@ def online_feed(
             f"{spec.updates} updates",
             hint="change online.prompts_per_rollout or online.rollout.batch_size",
         )
-    said = {normalised(p.text) for p in asked}
-    prompts = [p for p in prompts_of(spec.prompts, spec.num_prompts, s.seed) if normalised(p.text) not in said]
+    prompts = own_prompts(spec.prompts, spec.num_prompts, s.seed, asked, "online")
     check(model, spec.rollout, prompts)
-    if not prompts:
-        raise ConfigError("online.prompts: all of them are evaluated on", hint="use other prompts")
     kind = {"image": OnlineFeed, "state": StateFeed}.get(spec.credit, StepwiseFeed)
     return kind(
         model,

@@ -16,6 +16,8 @@ from pydantic import model_validator
 
 from diffalign.building import build_model, environment, make_accelerator, ready_model
 from diffalign.data.files import atomic_folder, write_json, write_text
+from diffalign.direct import consistent as direct_consistent
+from diffalign.direct import direct_feed
 from diffalign.errors import ConfigError, DataError
 from diffalign.evaluation import EvaluateSpec, asked_of, measure, prompts_of
 from diffalign.hub import licence
@@ -29,6 +31,7 @@ from diffalign.scoring import make_scorers
 from diffalign.spec import Spec, dump, load
 from diffalign.timesteps import TIMESTEPS, TimestepPolicy, Uniform
 from diffalign.train.coupling import Coupling
+from diffalign.train.direct import Direct, DirectFeed
 from diffalign.train.online import Online, OnlineFeed
 from diffalign.train.references import MOVING, OF_RUN, REFERENCES, Base, OfRun, ReferencePolicy
 from diffalign.train.state import TrainSettings, TrainState, checkpoints, make_optimizer
@@ -59,6 +62,8 @@ class TrainConfig(Spec):
     """What the policy is compared with."""
     online: Online | None = None
     """Learn from the model's own samples, scored as they come, instead of from ``data``."""
+    direct: Direct | None = None
+    """Learn from the gradient of rewards through the sampler, instead of from ``data``."""
     train: TrainSettings = TrainSettings()
     rounds: Rounds | None = None
     """Training again and again on images that the model samples in between."""
@@ -73,6 +78,7 @@ class TrainConfig(Spec):
     def _possible(self) -> Self:
         s = self.train
         consistent(self)
+        direct_consistent(self)
         online_consistent(self)
         if s.metric_for_best.startswith("heldout/") and self.data.holdout == 0 and (s.early_stopping_patience or s.load_best):
             raise ValueError(f"train.metric_for_best is {s.metric_for_best}, but data.holdout is 0: set data.holdout above 0")
@@ -106,11 +112,13 @@ def licences(config: TrainConfig) -> list[dict[str, str | None]]:
         with suppress(DataError):  # no dataset folder, or one without the column
             stated = set(read_table(Path(data), "images", ["licence"])["licence"].to_pylist())
     of_images = ", ".join(sorted(x or "unknown for some images" for x in stated)) if stated - {None} else None
-    if config.rounds is None or config.rounds.uses_data:
+    own = config.direct or config.online  # samples, instead of pairs
+    if own is None and (config.rounds is None or config.rounds.uses_data):
         found.append(("pairs", data, of_images or licence(data, kind="dataset")))
     scorers = list(config.evaluate.scorers) if config.evaluate.enabled else []
     if config.rounds is not None and isinstance(config.rounds.source, Judged):
         scorers += config.rounds.source.scorers
+    scorers += own.reward.scorers if own is not None else []
     for name in dict.fromkeys(scorers):
         kind, _, rest = name.partition(":")
         found.append(("scorer", name, LICENCE if kind in ("shapes", "taste") else licence(rest) if kind == "clip" else None))
@@ -199,8 +207,8 @@ def train_once(config: TrainConfig, pairs: Rows | None = None) -> Run:
     asked = asked_of(config.evaluate, model) if config.evaluate.enabled else []
     feed: Feed
     held_feed: Offline | None = None
-    training: Phase = "train" if config.online is None else "sample"
-    if config.online is None:
+    training: Phase = "train" if config.online is None and config.direct is None else "sample"
+    if training == "train":
         feed, held_feed = offline_feeds(config, model, accelerator, asked, pairs)
         model.stage(training)  # all is cached
         state = TrainState(model, accelerator, s, config.reference)
@@ -208,7 +216,11 @@ def train_once(config: TrainConfig, pairs: Rows | None = None) -> Run:
     else:
         model.stage(training)
         state = TrainState(model, accelerator, s, config.reference)
-        feed = online_feed(config, state, asked, lambda: unwrapped(state), lambda step, values: tracker.write(step, values))
+        bare = lambda: unwrapped(state)  # noqa: E731
+        if config.direct is not None:
+            feed = direct_feed(config, state, asked, bare)
+        else:
+            feed = online_feed(config, state, asked, bare, lambda step, values: tracker.write(step, values))
         read = {p.text for p in feed.prompts}
     cut = model.truncated(read)
     if cut and main:
@@ -251,7 +263,7 @@ def train_once(config: TrainConfig, pairs: Rows | None = None) -> Run:
     metrics: dict[str, Any] = {"steps": state.step, "denoiser_passes": state.cost, "train_seconds": round(state.seconds, 1)}
     if cut:
         metrics["truncated_prompts"] = cut
-    metrics |= noise | (feed.totals() if isinstance(feed, OnlineFeed) else {})
+    metrics |= noise | (feed.totals() if isinstance(feed, OnlineFeed | DirectFeed) else {})
     if main and (config.evaluate.enabled or config.model.lora is None):  # a whole pipeline is exported with all its parts
         model.stage("sample")
     if main:

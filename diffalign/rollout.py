@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Protocol, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -55,6 +55,13 @@ class RolloutSettings(Sampler):
         if self.compress < 1 and self.window.varies:
             raise ValueError("compress below 1 needs one window for all prompts of an epoch (window.per: epoch)")
         return self
+
+
+class Guided(Protocol):
+    """What the prompts are encoded for."""
+
+    @property
+    def guidance_scale(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -151,15 +158,8 @@ def check(model: Model, settings: RolloutSettings, prompts: Sequence[Prompt] = (
         ConfigError: the rule is not defined on the model's path, the window reaches steps that have no density, or prompts
             have negatives that the model's distilled guidance cannot take.
     """
-    rule, path = settings.rule, "flow" if model.kind == "flow" else "noise"
-    if path not in rule.on:
-        fit = [name for name, other in RULES.options.items() if path in getattr(other, "on", ())]
-        raise ConfigError(f"rule {type(rule).__name__} is not defined for {model.kind} models", hint=f"use {', '.join(fit)}")
-    if settings.guidance_scale > 1 and not model.takes_negative and any(p.negative for p in prompts):
-        raise ConfigError(
-            f"{model.path} cannot be guided by two passes: its guidance is distilled into a number that it is told",
-            hint="drop the negative prompts; guidance_scale is that number",
-        )
+    rule = settings.rule
+    check_rule(model, rule, settings.guidance_scale, prompts)
     steps = trainable(rule, model.grid(settings.num_inference_steps)[1])
     try:
         settings.window.check(steps)
@@ -168,7 +168,24 @@ def check(model: Model, settings: RolloutSettings, prompts: Sequence[Prompt] = (
     return steps
 
 
-def conditions(model: Model, items: Sequence[Item], settings: RolloutSettings) -> tuple[Cond, Cond | None]:
+def check_rule(model: Model, rule: Rule, guidance_scale: float, prompts: Sequence[Prompt] = ()) -> None:
+    """Refuse a rule that is not defined on the model's path, and negatives that its distilled guidance cannot take.
+
+    Raises:
+        ConfigError: says which.
+    """
+    path = "flow" if model.kind == "flow" else "noise"
+    if path not in rule.on:
+        fit = [name for name, other in RULES.options.items() if path in getattr(other, "on", ())]
+        raise ConfigError(f"rule {type(rule).__name__} is not defined for {model.kind} models", hint=f"use {', '.join(fit)}")
+    if guidance_scale > 1 and not model.takes_negative and any(p.negative for p in prompts):
+        raise ConfigError(
+            f"{model.path} cannot be guided by two passes: its guidance is distilled into a number that it is told",
+            hint="drop the negative prompts; guidance_scale is that number",
+        )
+
+
+def conditions(model: Model, items: Sequence[Item], settings: Guided) -> tuple[Cond, Cond | None]:
     """The encoded prompts of some items and what guidance starts from, for :func:`rollout` and :func:`replay` alike."""
     cond = encode_once(model, [item.prompt.text for item in items])
     negatives = [item.prompt.negative or None for item in items]

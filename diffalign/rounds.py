@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,16 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from diffalign.building import make_accelerator
-from diffalign.data.files import atomic_folder, write_json, write_text
+from diffalign.data.files import write_json, write_text
 from diffalign.data.prompts import Prompt, normalised
 from diffalign.errors import ConfigError
 from diffalign.evaluation import SHAPES_PROMPTS, prompts_of
-from diffalign.hub import exported
-from diffalign.round_pairs import SOURCES, Curated, Made, SelfPlay, Source, drawn, make_round, read_round, tasks_of
+from diffalign.round_pairs import SOURCES, Curated, SelfPlay, Source, drawn, make_round, read_round, tasks_of
+from diffalign.round_table import FILE, gather, read_rows, row_of, summary
 from diffalign.sampling import Sampler
 from diffalign.spec import Spec, dump
 from diffalign.train.references import Base
-from diffalign.train.tracking import read_metrics
 from diffalign.training_data import source_of
 
 if TYPE_CHECKING:
@@ -96,6 +92,18 @@ def contradictions(config: TrainConfig) -> None:
     }
     if not source.has_scores and (wanted := [key for key, is_set in scores.items() if is_set]):
         raise ValueError(f"{wanted[0]} reads scores, but rounds.source {name} makes none: use rounds.source.type: scored")
+    columns = {
+        "data.groups": data.groups is not None,
+        "data.profiles": data.profiles is not None,
+        "data.holdout_by: user": data.holdout_by == "user",
+        "data.maps": data.maps in ("region", "segments"),
+        "data.labels": data.labels is not None,
+        "train.balance_kinds": config.train.balance_kinds is not None,
+    }
+    if wanted := [key for key, is_set in columns.items() if is_set]:
+        raise ValueError(f"{wanted[0]} reads what the pairs of a round do not say: drop it")
+    if config.coupling.noise == "replay":
+        raise ValueError("coupling.noise: replay makes losers of its own, and so do rounds: drop one")
     if config.coupling.captions == "own":
         raise ValueError("coupling.captions is own, but both images of a round's pair have one caption: drop it")
     if config.coupling.noise == "stored" and source.reads_data:
@@ -141,6 +149,14 @@ def sampled_by(config: TrainConfig, number: int) -> int:
     assert config.rounds is not None
     found = compared_with(config, number) if config.rounds.reference == "past" else None
     return number - 1 if found is None else found
+
+
+def standing(config: TrainConfig, number: int) -> str | None:
+    """What the reference of a round is called; None where the loss does without one."""
+    at = compared_with(config, number)
+    if "reference" not in config.total.needs:
+        return None
+    return "base" if at is None else f"round {at}" if at else "start"
 
 
 def round_config(config: TrainConfig, number: int) -> TrainConfig:
@@ -249,78 +265,31 @@ def run_rounds(
     assert rounds is not None
     refuse_if_begun(config)
     accelerator = make_accelerator(config.train.mixed_precision)
-    rows: list[dict[str, Any]] = []
+    known, rows = read_rows(folder), []
     for number in range(1, rounds.count + 1):
         mine = round_config(config, number)
-        done = Path(mine.output_dir) / "metrics.json"
-        if not done.exists():
+        out, data = Path(mine.output_dir), Path(mine.data.path)
+        if not (out / "metrics.json").exists():
+            known.pop(number, None)
             make_data(config, number, accelerator.process_index, accelerator.num_processes)
             gc.collect()  # models refer to themselves: what sampled would still be there when the next one is loaded
             accelerator.wait_for_everyone()
-            made = read_round(Path(mine.data.path), f"round {number}")
+            read_round(data, f"round {number}")
             if accelerator.is_main_process:  # nothing was wrong: from here on the folder holds a run
                 write_text(folder / "config.resolved.yaml", dump(config))
                 write_json(folder / "env.json", environment)
             train(mine)
             gc.collect()
-        else:
-            made = read_round(Path(mine.data.path), f"round {number}")
-        rows.append(row_of(config, number, made, json.loads(done.read_text())))
+        if number not in known:  # the images of a finished round may be gone by now
+            made = read_round(data, f"round {number}")
+            known[number] = row_of(number, out, sampled_by(config, number), standing(config, number), made)
+        rows.append(known[number])
         if accelerator.is_main_process:
-            write_json(folder / "rounds.json", rows)
-            finished(done.parent)
-    metrics = summary(rows, json.loads(done.read_text()))
+            write_json(folder / FILE, rows)
+            finished(out)
+    metrics = summary(folder, rows)
     if accelerator.is_main_process:
         gather(folder, rows)
         write_json(folder / "metrics.json", metrics)
     accelerator.wait_for_everyone()
     return metrics
-
-
-def row_of(config: TrainConfig, number: int, made: Made, metrics: dict[str, Any]) -> dict[str, Any]:
-    """A line of the table of rounds."""
-    at = compared_with(config, number)
-    stood = "base" if at is None else f"round {at}" if at else "start"
-    row: dict[str, Any] = {
-        "round": number, "folder": f"round-{number}", "sampled_by": sampled_by(config, number),
-        "compared_with": stood if "reference" in config.total.needs else None,
-        "images": made.images, "pairs": made.pairs, "reward": made.reward,
-        **{k: metrics[k] for k in ("steps", "denoiser_passes", "train_seconds")},
-    }  # fmt: skip
-    held = [x for x in read_metrics(folder_of(config, number)) if "heldout/drift/winner" in x]
-    row |= {k: held[-1][f"heldout/{k}"] for k in ("drift/winner", "drift/loser") if held}
-    if "aligned" in metrics:
-        names = [n for n in ("score", "exact") if n in metrics["aligned"]]
-        row |= {n: metrics["aligned"][n] for n in names} | {f"base_{n}": metrics["base"][n] for n in names}
-        row["win_rate"] = metrics["win_rate"]
-    return row
-
-
-def summary(rows: list[dict[str, Any]], last: dict[str, Any]) -> dict[str, Any]:
-    """What the last round measured, and what all of them cost."""
-    added = {k: sum(row[k] for row in rows) for k in ("steps", "denoiser_passes")}
-    added["train_seconds"] = round(sum(row["train_seconds"] for row in rows), 1)
-    return last | added | {"images_generated": sum(row["images"] for row in rows), "rounds": rows}
-
-
-def gather(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """The last round's weights and samples, and the log lines of all, so that the folder is a finished run."""
-    last = folder / rows[-1]["folder"]
-    samples = [f for f in (last / "samples").rglob("*") if f.is_file()]
-
-    def fill(to: Path) -> None:
-        for file in (*exported(last), *samples):
-            place = to / file.relative_to(last)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(file, place)
-            except OSError:  # another file system
-                shutil.copyfile(file, place)
-
-    atomic_folder(folder, fill)
-    lines, before = [], 0
-    for row in rows:
-        mine = read_metrics(folder / row["folder"])
-        lines += [line | {"step": line["step"] + before, "round": row["round"]} for line in mine]
-        before += row["steps"]
-    write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))

@@ -84,7 +84,7 @@ class DataSpec(Spec):
 def consistent(c: TrainConfig) -> None:
     """Refuse what contradicts itself between objective, data, coupling and reference, with the remedy."""
     total, data, noise = c.total, c.data, c.coupling.noise
-    names = " + ".join(str(getattr(o, "type", type(o).__name__)) for o in total.parts)
+    names = total.names
     pairs_only = {
         "data.shuffle_labels": data.shuffle_labels,
         "data.swap_labels": data.swap_labels,

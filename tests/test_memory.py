@@ -613,6 +613,7 @@ def test_every_shipped_configuration_trains_two_steps(name: str, folder_of: Any,
     """On a tiny model of its family; what needs a library or a device that is not here is switched off."""
     config = load(TrainConfig, shipped_configs()[name])
     given = [o for o in overrides if config.evaluate.enabled or not o.startswith("evaluate.")]
+    given = [o for o in given if config.direct is None or not o.startswith("data.")]
     given += ["evaluate.prompts=shapes:test", "evaluate.scorers=[shapes]", "train.gradient_accumulation_steps=1"]
     if config.model.path in OF_HUB_ID:
         family = OF_HUB_ID[config.model.path]
@@ -642,6 +643,14 @@ def test_presets_fit_their_cards_by_the_estimate_that_they_state(name: str, esti
     peak = estimator_of(config.model.path)(config).total / 2**30
     assert float(stated[2]) == pytest.approx(peak, abs=0.06)
     assert peak <= 0.9 * int(stated[1])
+
+
+@pytest.mark.parametrize("section", ["direct={}", "online={}"])
+def test_runs_that_sample_are_not_estimated(section: str) -> None:
+    objective = "draft" if section.startswith("direct") else "ppo"
+    done = CliRunner().invoke(main, ["estimate", section, f"objective.type={objective}", "output_dir=x"])
+    assert done.exit_code == 2
+    assert "stored examples" in done.output
 
 
 def test_launch_files_are_no_presets_and_accelerate_reads_them() -> None:

@@ -73,6 +73,8 @@ class PipelineModel:
         for name, module in self._frozen().items():
             module.requires_grad_(False).eval()
             check_finite(module, f"{spec.path}/{name}")
+        if spec.gradient_checkpointing:  # of use where a reward is differentiated through the decoder
+            pipeline.vae.enable_gradient_checkpointing()
         self._device = next(pipeline.vae.parameters()).device
         self.latent_shape = self._latent_shape()
         factor = pipeline.vae_scale_factor
@@ -195,9 +197,8 @@ class PipelineModel:
         mean = vae.encode(pixels.to(self.device) * 2 - 1).latent_dist.mean
         return (mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents to (B, 3, H, W) in [0, 1]."""
+        """Latents to (B, 3, H, W) in [0, 1], with their gradient if they have one."""
         factor = self.resolution[0] // self.latent_shape[1]
         vae = self._vae((*latents.shape[:2], *(factor * side for side in latents.shape[2:])))
         z = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)

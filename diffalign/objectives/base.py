@@ -112,6 +112,8 @@ class RewardTerms(Terms):
     """Differentiable rewards of B images, (B,), or (B, R) where several count each for itself. With gradient."""
 
     reward: Tensor
+    values: dict[str, Tensor] = field(default_factory=dict)
+    """Name to (B,): the scorers' own numbers, to be logged."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,10 @@ class Total:
         if len({p.data for p in self.parts}) > 1:
             said = ", ".join(f"{getattr(p, 'type', type(p).__name__)} is about {p.data}" for p in self.parts)
             raise ValueError(f"objectives of different data cannot be summed: {said}; keep those of one kind")
+
+    @property
+    def names(self) -> str:
+        return " + ".join(str(getattr(p, "type", type(p).__name__)) for p in self.parts)
 
     @property
     def data(self) -> Data:

@@ -93,8 +93,10 @@ def image_metrics(terms: ImageTerms) -> dict[str, Tensor]:
 
 
 def reward_metrics(terms: RewardTerms) -> dict[str, Tensor]:
-    """The reward, the mean of several."""
-    return {"reward": terms.reward.detach().reshape(len(terms.reward), -1).mean(1)}
+    """The reward, the mean of several, and ``reward/NAME`` of each scorer."""
+    out = {"reward": terms.reward.reshape(len(terms.reward), -1).mean(1)}
+    out |= {f"reward/{name}": value for name, value in terms.values.items()}
+    return {k: v.detach() for k, v in out.items()}
 
 
 def metrics_of(terms: Terms) -> dict[str, Tensor]:

@@ -245,10 +245,7 @@ class OnlineFeed:
         return [items[i : i + size] for i in range(self.rank * size, len(items), self.world * size)]
 
     def _prompt(self, position: int) -> Prompt:
-        """The pool's endless stream of shuffled epochs."""
-        turn, offset = divmod(position, len(self.prompts))
-        g = torch.Generator().manual_seed(item_seed(self.seed, "prompts", turn))
-        return self.prompts[int(torch.randperm(len(self.prompts), generator=g)[offset])]
+        return prompt_at(self.prompts, position, self.seed)
 
     @torch.no_grad()
     def _collect(self, epoch: int, step: int) -> None:
@@ -492,6 +489,13 @@ class Example:
     block: Block
     rows: tuple[int, ...]
     weight: float = 1.0
+
+
+def prompt_at(prompts: Sequence[Prompt], position: int, seed: int) -> Prompt:
+    """One of the pool's endless stream of shuffled epochs."""
+    turn, offset = divmod(position, len(prompts))
+    g = torch.Generator().manual_seed(item_seed(seed, "prompts", turn))
+    return prompts[int(torch.randperm(len(prompts), generator=g)[offset])]
 
 
 def follow(weights: Any, decay: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -88,3 +88,74 @@ class Rewards:
             raise ConfigError(f"online.reward.weights: no scorer gives {unknown[0]!r}", hint=f"given: {', '.join(values)}")
         missing = torch.full((len(batch),), torch.nan)
         return torch.stack([values.get(name, missing) for name in self.names]), errors
+
+
+class Contrast(Spec):
+    """The ``direct.reward.contrast`` section: (1 + k) r(x, "positive. prompt") - r(x, "negative. prompt") for each scorer.
+
+    SRPO's relative reward (Shen et al. 2025): of what two prompts share, only k times remains.
+    """
+
+    positive: str = Field(min_length=1)
+    """Control words before the prompt, as in "Realistic photo"."""
+    negative: str = Field(min_length=1)
+    k: float = Field(default=0.0, ge=0.0)
+
+
+class GradientRewardSpec(Spec):
+    """The ``direct.reward`` section."""
+
+    scorers: list[str] = Field(default=["clip:shapes-clip"], min_length=1)
+    """As ``evaluate.scorers``, of those that give gradients."""
+    weights: dict[str, float] = {}
+    """Factors of the scorers, by their names; 1 where none is given. Losses see each product for itself."""
+    contrast: Contrast | None = None
+
+
+class GradientRewards:
+    """Pixels and prompts to weighted rewards (B, R) with a gradient, one column for each of R scorers.
+
+    Raises:
+        ConfigError: a scorer gives no gradient or needs more than images and prompts, or the weights name others.
+    """
+
+    def __init__(self, spec: GradientRewardSpec, scorers: Sequence[Scorer]) -> None:
+        self.spec = spec
+        by_name: dict[str, Any] = {scorer.name: scorer for scorer in scorers}
+        for name, scorer in by_name.items():
+            card = getattr(scorer, "card", None)
+            if card is None or not card.differentiable or card.needs - {"images", "prompts"}:
+                raise ConfigError(
+                    f"direct.reward.scorers: {name} gives no gradient from pixels and prompts",
+                    hint="use one that does, such as clip, pickscore, hpsv2, imagereward or aesthetic-v2; "
+                    "the section online learns from any scorer",
+                )
+        if odd := sorted(spec.weights.keys() - by_name.keys()):
+            raise ConfigError(f"direct.reward.weights: no scorer gives {odd[0]!r}", hint=f"given: {', '.join(by_name)}")
+        self.scorers = by_name
+        self.calls = 0
+        """Pictures that were scored."""
+
+    def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """(B, R), and each scorer's values (B,) before its weight, of pixels (B, 3, H, W) in [0, 1].
+
+        Raises:
+            DiffalignError: a value is not finite.
+        """
+        self.calls += len(pixels)
+        values = {name: self._one(scorer, pixels, prompts).to(pixels.device) for name, scorer in self.scorers.items()}
+        for name, value in values.items():
+            if not value.isfinite().all():
+                said = prompts[int((~value.isfinite()).nonzero()[0])]
+                raise DiffalignError(
+                    f"reward: {name} of {said!r} is not finite", hint="resume from a checkpoint at a lower rate"
+                )
+        weighted = [self.spec.weights.get(name, 1.0) * value for name, value in values.items()]
+        return torch.stack(weighted, 1), {name: value.detach() for name, value in values.items()}
+
+    def _one(self, scorer: Any, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        c = self.spec.contrast
+        if c is None:
+            return scorer.score_pixels(pixels, prompts)
+        for_, against = (scorer.score_pixels(pixels, [f"{words}. {p}" for p in prompts]) for words in (c.positive, c.negative))
+        return (1 + c.k) * for_ - against
