@@ -43,7 +43,11 @@ CURVES: list[tuple[str, str, dict[str, str]]] = [
             "margin/q4": "most noise",
         },
     ),
-    ("Reward", "of the rollouts", {"rollout/reward": "mean", "rollout/reward_std": "deviation within groups"}),
+    (
+        "Reward",
+        "mean",
+        {"rollout/reward": "of rollouts", "rollout/reward_std": "deviation within groups", "reward": "of samples"},
+    ),
     ("KL", "per dimension", {"kl/ref": "from the reference", "kl/old": "from the policy that sampled"}),
     ("Ratio", "largest distance from 1", {"ratio/largest_off_1": "ratio"}),
     ("Clip", "share of rows", {"ratio/clipped": "outside of the range", "rows_trained": "that still teach"}),
@@ -218,7 +222,7 @@ def _gold(lines: Sequence[dict[str, Any]], best: str) -> Series:
     proxy, gold = f"{PREFIX}reward", sorted((k for k in names if k != f"{PREFIX}reward"), key=lambda k: k != best)[:GOLD]
     wanted = {proxy: "reward", **{k: f"{k.removeprefix(PREFIX)}, held-out" for k in gold}}
     if proxy in names:
-        wanted["rollout/reward"] = "reward of the rollouts"
+        wanted |= {"rollout/reward": "reward of rollouts", "reward": "reward of samples"}
     out: Series = {}
     for key, label in wanted.items():
         points = _series(lines, {key: label}).get(label, [])

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import build_tiny
 from PIL import Image
+from test_direct import small as direct_small
 from test_online import online, small, weights_of
 from test_report import CHROMIUM
 
@@ -273,6 +274,24 @@ def test_offline_training_is_watched_too(tiny: Path, pairs_csv: Path, tmp_path: 
     assert exported["watch/prediction_norm"] == pytest.approx(seen[-1]["watch/prediction_norm"], abs=1e-5)
 
 
+def test_direct_training_is_watched_too(tiny: Path, tmp_path: Path) -> None:
+    """The reward that is differentiated is the one that judges, and neither weights nor calls differ for it."""
+    sections = direct_small(tiny, tmp_path / "run", train={"eval_steps": 1})
+    watch = {"num_prompts": 2, "scorers": [GREENNESS]}
+    run = train(validate(TrainConfig, sections | {"watch": watch}))
+    seen = looks(run.folder)
+    assert [x["step"] for x in seen] == list(range(run.metrics["steps"] + 1))
+    assert seen[0]["watch/prediction_norm"] == 1.0 != seen[-1]["watch/prediction_norm"]
+    assert abs(seen[0]["watch/reward"] - seen[0]["watch/brightness"]) < 0.1
+    blind = train(validate(TrainConfig, sections | {"output_dir": str(tmp_path / "blind")}))
+    a, b = weights_of(run.folder), weights_of(blind.folder)
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert run.metrics["reward_calls"] == blind.metrics["reward_calls"]
+    assert "reward of samples" in write_report(run.folder).read_text()
+    with pytest.raises(ConfigError, match=r"direct\.reward\.scorers"):
+        validate(TrainConfig, sections | {"watch": watch, "train": {"metric_for_best": "watch/reward"}})
+
+
 def test_stopping_saves_and_says_why(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from click.testing import CliRunner
 
@@ -396,7 +415,7 @@ def page(tiny: Path, tmp_path: Path) -> Path:
 def test_the_report_shows_the_reward_beside_what_it_stands_for(page: Path) -> None:
     html = page.read_text()
     assert "watch/prediction_norm is 1, above 1e-09" in html
-    for label in ("Gold against proxy", "greenness, held-out", "reward of the rollouts", "Norm of the prediction", "Clip"):
+    for label in ("Gold against proxy", "greenness, held-out", "reward of rollouts", "Norm of the prediction", "Clip"):
         assert label in html
     assert html.count('alt="step ') == 3
     assert "own samples of shapes:train" in html
@@ -413,7 +432,7 @@ def test_reward_and_held_out_value_are_drawn_in_deviations_of_the_start() -> Non
     assert _gold(lines, "heldout/loss") == {
         "reward": [(0, 0.0), (3, 2.0)],
         "gold, held-out": [(0, 0.0), (3, -0.5)],
-        "reward of the rollouts": [(0, 0.0), (3, 1.0)],
+        "reward of rollouts": [(0, 0.0), (3, 1.0)],
     }
 
 

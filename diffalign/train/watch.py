@@ -153,10 +153,9 @@ class Watcher:
         values = dict(seen.values)
         if self.reward is not None:
             pixels, said = seen.images.flatten(0, 1), [p for p in seen.prompts for _ in range(self.per_prompt)]
-            size = self.sampling.batch_size
-            parts = [
-                self.reward(pixels[i : i + size].float() / 255, said[i : i + size]).cpu() for i in range(0, len(said), size)
-            ]
+            size, device = self.sampling.batch_size, next(self.model.net.parameters()).device
+            batches = [(pixels[i : i + size].to(device), said[i : i + size]) for i in range(0, len(said), size)]
+            parts = [self.reward(some.float() / 255, prompts).cpu() for some, prompts in batches]
             if "reward" in values:
                 raise ConfigError(
                     "watch.scorers: reward is what training is rewarded by", hint="give your scorer another name"
