@@ -274,8 +274,7 @@ def _chart(title: str, unit: str, series: Series, along: str, events: Sequence[d
             axes.axvline(event["step"], color=colour, lw=1, ls=":")
         axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
         axes.set_xlabel(along)
-        if along == "rounds":
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel(unit)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
