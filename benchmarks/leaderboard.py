@@ -21,9 +21,11 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rows import DIT_ROWS, LABELLED, ROWS, Row
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -33,126 +35,6 @@ PROMPTS, PER_PROMPT = 512, 2
 COST = ("seed", "train_seconds", "denoiser_passes", "images_generated", "drift/winner", "drift/loser")
 
 
-@dataclass(frozen=True)
-class Row:
-    """A frozen configuration: the main job's file and what differs from it."""
-
-    what: str
-    overrides: tuple[str, ...] = ()
-    pairs: dict[str, Any] = field(default_factory=dict)
-    """Settings of :class:`diffalign.own_pairs.PairsConfig` for pairs of its own; the shipped ones if empty."""
-    rounds: int = 1
-    """Rounds of training, each on fresh pairs from the round before."""
-    scorers: tuple[str, ...] = ("shapes", "taste:size")
-    sampled_again: tuple[str, float] | None = None
-    """Another row whose weights are sampled at this guidance; nothing is trained."""
-    guided_away: bool = False
-    """The base is sampled, guided away from what was trained (Diffusion-NPO)."""
-
-
-# the best of its own trials on select; DPO was best with times drawn from the whole path
-SFT = ("objective.type=sft", "timesteps.type=uniform", "timesteps.low=0.4")
-ANY = {"type": "best_worst"}  # no least margin: values of another scale
-# sampled as the main job samples; to imitate them is to distil the guidance
-GUIDED = {"sampling": {"num_inference_steps": 10, "guidance_scale": 1.6, "batch_size": 100}}
-ROWS: dict[str, Row] = {
-    "dpo-lora": Row("Diffusion-DPO, LoRA, judge's labels"),
-    "sft-winners": Row("SFT on the winners (control)", SFT),
-    "dpo-shuffled": Row("Diffusion-DPO, labels shuffled (control)", ("data.shuffle_labels=true",)),
-    "dpo-full": Row("Diffusion-DPO, all weights", ("model.lora=null", "train.learning_rate=5e-5")),
-    "mapo-lora": Row("MaPO, LoRA", ("objective.type=mapo",)),
-    "dpo-clip": Row(
-        "Diffusion-DPO, LoRA, labelled by the learned CLIP",
-        pairs={"scorers": ["clip:shapes-clip"], "reward": {"clip": 1.0}, "rule": ANY},
-    ),
-    "dpo-taste": Row(
-        "Diffusion-DPO, LoRA, a taste for size",
-        pairs={"scorers": ["taste:size"], "reward": {"taste_size": 1.0}, "num_prompts": 500, "rule": ANY},
-    ),
-    "dpo-more": Row("Diffusion-DPO, LoRA, twice the pairs and steps", ("train.max_steps=800",), pairs={"num_prompts": 3200}),
-    "dpo-rounds": Row(
-        "Diffusion-DPO, LoRA, three rounds of fresh pairs, 133 steps each", ("train.max_steps=133",),
-        pairs={"num_prompts": 530}, rounds=3,
-    ),
-    "dpo-flipped": Row("Diffusion-DPO, LoRA, 20 % of labels flipped", ("data.flip_labels=0.2",)),
-    "robust-flipped": Row(
-        "Robust DPO, LoRA, 20 % of labels flipped",
-        ("objective={type: robust, beta: 2000, label_smoothing: 0.2}", "data.flip_labels=0.2"),
-    ),
-    "ipo-lora": Row("IPO, LoRA", ("objective={type: ipo, beta: 2000}",)),
-    "kto-lora": Row("Diffusion-KTO, LoRA", ("objective={type: kto, beta: 2000}", "train.per_device_train_batch_size=64")),
-    "curriculum-lora": Row("Curriculum-DPO, LoRA", ("data.curriculum={chunks: 5, every: 80}",)),
-    "smpo-lora": Row(
-        "SmPO, LoRA",
-        (
-            "objective={type: smpo, beta: 2000, gamma: 2}", "data.p_win_scale=10",
-            "coupling={noise: inverted, inversion_steps: 5, renoise: 1}",
-        ),
-    ),
-    "dspo-lora": Row("DSPO, LoRA", ("objective={type: dspo, beta: 0.5}",)),
-    "linear-lora": Row(
-        "Linear-DPO, LoRA", ("objective={type: linear, beta: 1000, kappa: 1}", "reference={type: ema, decay: 0.99}")
-    ),
-    "safeguard-lora": Row("Diffusion-SDPO's safeguard on DPO, LoRA", ("train.protect_winner=0.9",)),
-    "rdp-lora": Row("RDP, LoRA", ("objective={type: rdp, beta: 2000}", "data.standardize_scores=true")),
-    "sft-guided": Row("SFT on the winners of guided pairs", SFT, pairs=GUIDED),
-    "dpo-guided": Row("Diffusion-DPO, LoRA, on the same guided pairs", pairs=GUIDED),
-    "dpo-rounds-at-4": Row("the weights of dpo-rounds, sampled at guidance 4", sampled_again=("dpo-rounds", 4.0)),
-}  # fmt: skip
-GROUPS = {"group_size": 4}
-LISTS = ("data.group_size=4", "train.per_device_train_batch_size=16")  # as many images a step as in 32 pairs
-NPO = Row("Diffusion-NPO: DPO on swapped labels, the base guided away from it", ("data.swap_labels=true",), guided_away=True)
-ROWS |= {
-    "infonca-lora": Row("InfoNCA on four of each prompt's images, LoRA",
-                        ("objective={type: infonca, beta: 2000, alpha: 0.1}", *LISTS), GROUPS),
-    "rank-dpo-lora": Row("RankDPO on the same groups, LoRA", ("objective={type: rank_dpo, beta: 2000}", *LISTS), GROUPS),
-    "npo-lora": NPO,
-    "dro-lora": Row(
-        "Diffusion-DRO, LoRA: winners against states of the policy of 16 steps ago",
-        ("objective={type: dro_hinge, mu: 0.001}", "coupling={noise: replay, replay_steps: 10, replay_every: 16}"),
-    ),
-    "region-lora": Row("Diffusion-DPO, LoRA, where the judge sees a wrong object", ("data.maps=judged_region",)),
-    "segments-lora": Row("Diffusion-DPO, LoRA, the judge's label for each object", ("data.maps=judged_segments",)),
-    "dpo-ensemble": Row(
-        "Diffusion-DPO, LoRA, labelled by two learned judges (CLIP and the second judge)",
-        pairs={"scorers": ["clip:shapes-clip", "diffalign.shapes.second:second_score"], "units": "rank",
-               "reward": {"clip": 1.0, "second_score": 1.0}, "rule": ANY},
-    ),
-}  # fmt: skip
-DIT_ROWS = {name: ROWS[name] for name in ("dpo-lora", "dpo-shuffled", "mapo-lora", "dpo-flipped", "safeguard-lora")} | {
-    "sft-winners": Row("SFT on the winners (control)", ("objective.type=sft",)),
-    "robust-flipped": Row(
-        ROWS["robust-flipped"].what, ("objective={type: robust, beta: 100, label_smoothing: 0.2}", "data.flip_labels=0.2")
-    ),
-    "ipo-lora": Row("IPO, LoRA", ("objective={type: ipo, beta: 100}",)),
-    "kto-lora": Row("Diffusion-KTO, LoRA", ("objective={type: kto, beta: 100}", "train.per_device_train_batch_size=64")),
-    "curriculum-lora": Row("Curriculum-DPO, LoRA", ("data.curriculum={chunks: 5, every: 40}",)),
-    "smpo-lora": Row(
-        "SmPO, LoRA",
-        (
-            "objective={type: smpo, beta: 100, gamma: 2}", "data.p_win_scale=10",
-            "coupling={noise: inverted, inversion_steps: 5, renoise: 1}",
-        ),
-    ),
-    "dspo-lora": Row("DSPO, LoRA", ("objective={type: dspo, beta: 0.5}",)),
-    "linear-lora": Row(
-        "Linear-DPO, LoRA", ("objective={type: linear, beta: 50, kappa: 1}", "reference={type: ema, decay: 0.99}")
-    ),
-    "rdp-lora": Row("RDP, LoRA", ("objective={type: rdp, beta: 100}", "data.standardize_scores=true")),
-    "infonca-lora": Row(ROWS["infonca-lora"].what, ("objective={type: infonca, beta: 100, alpha: 0.1}", *LISTS), GROUPS),
-    "rank-dpo-lora": Row(ROWS["rank-dpo-lora"].what, ("objective={type: rank_dpo, beta: 100}", *LISTS), GROUPS),
-    "npo-lora": NPO,
-    "dro-lora": ROWS["dro-lora"],
-}  # fmt: skip
-LABELLED = {
-    "dpo-lora": "the exact judge",
-    "dpo-ensemble": "two learned judges, ranks summed: CLIP and the second judge, which therefore guards this row no more",
-    "dpo-clip": "the learned CLIP",
-    "dpo-flipped": "the exact judge, 20 % flipped",
-    "robust-flipped": "the same flipped labels, robust DPO",
-    "dpo-shuffled": "a coin",
-}
-"""DPO by who labelled the pairs: rows of a table of their own."""
 CONTROLS = {
     "base": "the base",
     "best-of-4": "best of 4 of the base by the learned CLIP (4 times the inference)",
@@ -244,22 +126,25 @@ def run_row(world: World, name: str, seed: int) -> dict[str, Any]:
     folder, seconds, passes, generated = world.work / f"{name}-{seed}", 0.0, 0, 0
     previous: Path | None = None
     for n in range(row.rounds):
-        data = pairs_for(world, row, n, previous)
-        generated += data[1]
         out = folder if row.rounds == 1 else folder / f"round-{n}"
-        extra = [f"data.path={data[0]}", f"train.seed={seed}", "evaluate.enabled=false"]
+        extra = [f"train.seed={seed}", "evaluate.enabled=false"]
+        if row.config is None:
+            data = pairs_for(world, row, n, previous)
+            generated += data[1]
+            extra.append(f"data.path={data[0]}")
         if previous is not None:  # go on from the last round; the reference moves along
             extra.append(f"model.lora.path={previous}")
-        metrics = train_once(world, [*row.overrides, *extra], out)
+        metrics = train_once(world, row, [*row.overrides, *extra], out)
+        generated += metrics.get("reward_calls", 0)
         seconds, passes, previous = seconds + metrics["train_seconds"], passes + metrics["denoiser_passes"], out
     final = final_folder(world, name, seed)
-    last = next(x for x in reversed(read_metrics(final)) if "heldout/drift/winner" in x)
+    last = next((x for x in reversed(read_metrics(final)) if "heldout/drift/winner" in x), {})
     return measured(world, name, final, "shapes:test") | {
         "seed": seed,
         "train_seconds": round(seconds, 1),
         "denoiser_passes": passes,
         "images_generated": generated,
-        **{k: last[f"heldout/{k}"] for k in ("drift/winner", "drift/loser")},
+        **{k: last.get(f"heldout/{k}") for k in ("drift/winner", "drift/loser")},
     }
 
 
@@ -297,14 +182,15 @@ def lora_spec(world: World) -> dict[str, Any]:
     return load_yaml(world.config)["model"]["lora"]
 
 
-def train_once(world: World, overrides: Sequence[str], folder: Path) -> dict[str, Any]:
+def train_once(world: World, row: Row, overrides: Sequence[str], folder: Path) -> dict[str, Any]:
     """Train in this process; a finished run is read back, an unfinished one goes on."""
     from diffalign.recipes import TrainConfig, train
     from diffalign.spec import load
 
     if (folder / "metrics.json").exists():
         return json.loads((folder / "metrics.json").read_text())
-    return train(load(TrainConfig, world.config, [*overrides, f"output_dir={folder}", "resume_from=auto"])).metrics
+    config = ROOT / "configs" / row.config if row.config else world.config
+    return train(load(TrainConfig, config, [*overrides, f"output_dir={folder}", "resume_from=auto"])).metrics
 
 
 def measured(
@@ -389,10 +275,10 @@ def trial(world: World, name: str, overrides: Sequence[str]) -> None:
     """One setting on the select split; every trial is counted."""
     row = world.rows[name]
     folder = world.work / "trials" / digest(" ".join([name, *overrides]).encode())
-    data, _ = pairs_for(world, row, 0, None)
     shutil.rmtree(folder, ignore_errors=True)
-    extra = [f"data.path={data}", "train.seed=0", "evaluate.enabled=false"]
-    metrics = train_once(world, [*row.overrides, *extra, *overrides], folder)
+    extra = ["train.seed=0", "evaluate.enabled=false"]
+    extra += [f"data.path={pairs_for(world, row, 0, None)[0]}"] if row.config is None else []
+    metrics = train_once(world, row, [*row.overrides, *extra, *overrides], folder)
     found = measured(world, name, folder, "shapes:select", 256)
     base = world.results / "select-base.json"
     if not base.exists():

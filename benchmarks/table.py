@@ -56,7 +56,7 @@ def table(results: Path, rows: Mapping[str, str], seeds: Mapping[str, Sequence[i
         e = stats.bootstrap_mean(gain)
         others = [f"{mean([mean(r['values'][k]) for r in runs]):.3f}" for k in ("score", "cleanliness", "taste_size")]
         figures = {"drift/winner": "+.4f", "drift/loser": "+.4f", "denoiser_passes": ".0f", "train_seconds": ".0f"}
-        cost = [f"{mean([r[k] for r in runs]):{form}}" if k in runs[0] else "" for k, form in figures.items()]
+        cost = [f"{mean([r[k] for r in runs]):{form}}" if runs[0].get(k) is not None else "" for k, form in figures.items()]
         shown = "" if name == "base" else f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]"
         each = "" if seeds[name] == (None,) else ", ".join(f"{g:+.3f}" for g in gain.mean(1).tolist())
         closed = "" if name == "base" else f"{100 * e.value / (top - low):.1f} %"

@@ -45,6 +45,8 @@ def train(config: tuple[str, ...], as_json: bool) -> None:
     m = run.metrics
     lines = [f"trained {m['steps']} steps in {m['train_seconds']} s"]
     lines += [round_line(row) for row in m.get("rounds", ())]
+    if m.get("stopped"):
+        lines.append(f"stopped by a limit: {m['stopped']}")
     if "aligned" in m:
         lines += _compared(m)
     show({**m, "report": str(page)}, as_json, [*lines, f"report: {page}"])

@@ -73,15 +73,15 @@ def prompts_of(source: str, limit: int | None, seed: int = 0, salt: str = "", ne
     return [Prompt(p.text, p.negative or negative) for p in found]
 
 
-def asked_of(spec: EvaluateSpec, model: Model) -> list[Prompt]:
-    """The prompts of an evaluation.
+def asked_of(spec: EvaluateSpec, model: Model, section: str = "evaluate") -> list[Prompt]:
+    """The prompts of an evaluation; ``section`` is where errors say that they stand.
 
     Raises:
         ConfigError: some are negative, and the model does not take them; or they are not what the exact judge can read.
     """
     prompts = prompts_of(spec.prompts, spec.num_prompts, spec.seed, spec.split_salt, spec.negative_prompt)
     if spec.sampling.guidance_scale > 1 and not model.takes_negative and any(p.negative for p in prompts):
-        raise ConfigError(f"evaluate: {model.path} takes no negative prompts", hint="its guidance is distilled; drop them")
+        raise ConfigError(f"{section}: {model.path} takes no negative prompts", hint="its guidance is distilled; drop them")
     if "shapes" in spec.scorers:
         from diffalign.shapes.scene import parse_caption
 
@@ -89,7 +89,7 @@ def asked_of(spec: EvaluateSpec, model: Model) -> list[Prompt]:
             try:
                 parse_caption(prompt.text)
             except DataError as e:
-                raise ConfigError(f"evaluate.scorers: shapes: {e.message}", hint="see diffalign list scorers") from e
+                raise ConfigError(f"{section}.scorers: shapes: {e.message}", hint="see diffalign list scorers") from e
     return prompts
 
 

@@ -101,7 +101,7 @@ def without_data(c: TrainConfig, section: str) -> None:
     if isinstance(c.reference, Periodic) and c.reference.max_drift is not None:
         raise ValueError(f"reference.max_drift is measured on stored winners, which {section} has none of: drop it")
     if c.train.metric_for_best.startswith("heldout/") and (c.train.early_stopping_patience or c.train.load_best):
-        raise ValueError(f"{section} holds out no pairs: set train.metric_for_best=select/score")
+        raise ValueError(f"{section} holds out no pairs: set train.metric_for_best=select/score or a value of watch")
 
 
 def own_prompts(source: str, limit: int, seed: int, asked: Sequence[Prompt], section: str) -> list[Prompt]:

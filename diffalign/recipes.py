@@ -35,7 +35,10 @@ from diffalign.train.direct import Direct, DirectFeed
 from diffalign.train.online import Online, OnlineFeed
 from diffalign.train.references import MOVING, OF_RUN, REFERENCES, Base, OfRun, ReferencePolicy
 from diffalign.train.state import TrainSettings, TrainState, checkpoints, make_optimizer
+from diffalign.train.watch import Limits
 from diffalign.training_data import DataSpec, consistent, offline_feeds
+from diffalign.watching import Watch, make_watcher, watched_prompts
+from diffalign.watching import consistent as watch_consistent
 
 if TYPE_CHECKING:
     from diffalign.training_data import Rows
@@ -68,6 +71,8 @@ class TrainConfig(Spec):
     rounds: Rounds | None = None
     """Training again and again on images that the model samples in between."""
     evaluate: EvaluateSpec = EvaluateSpec()
+    watch: Watch | None = None
+    """What is looked at while training, so that a reward that is exploited shows."""
     start_from: str | None = None
     """A finished run of the same model and layers, whose weights training begins with; the base stays what it is."""
     output_dir: str
@@ -80,6 +85,7 @@ class TrainConfig(Spec):
         consistent(self)
         direct_consistent(self)
         online_consistent(self)
+        watch_consistent(self)
         if s.metric_for_best.startswith("heldout/") and self.data.holdout == 0 and (s.early_stopping_patience or s.load_best):
             raise ValueError(f"train.metric_for_best is {s.metric_for_best}, but data.holdout is 0: set data.holdout above 0")
         if s.early_stopping_patience and not s.eval_steps:
@@ -119,6 +125,7 @@ def licences(config: TrainConfig) -> list[dict[str, str | None]]:
     if config.rounds is not None and isinstance(config.rounds.source, Judged):
         scorers += config.rounds.source.scorers
     scorers += own.reward.scorers if own is not None else []
+    scorers += config.watch.scorers if config.watch is not None else []
     for name in dict.fromkeys(scorers):
         kind, _, rest = name.partition(":")
         found.append(("scorer", name, LICENCE if kind in ("shapes", "taste") else licence(rest) if kind == "clip" else None))
@@ -183,7 +190,7 @@ def train(config: TrainConfig, pairs: Rows | None = None, finished: Callable[[Pa
 def train_once(config: TrainConfig, pairs: Rows | None = None) -> Run:
     """Fit, export, evaluate."""
     import torch
-    from accelerate.utils import set_seed
+    from accelerate.utils import broadcast_object_list, set_seed
 
     from diffalign.train.evaluate import evaluate, heldout_pairs
     from diffalign.train.feeds import Feed, Offline
@@ -205,11 +212,12 @@ def train_once(config: TrainConfig, pairs: Rows | None = None) -> Run:
     scorers = make_scorers(config.evaluate.scorers)
     # what is wrong with the evaluation shows before the training, not after it
     asked = asked_of(config.evaluate, model) if config.evaluate.enabled else []
+    watched = watched_prompts(config, model)
     feed: Feed
     held_feed: Offline | None = None
     training: Phase = "train" if config.online is None and config.direct is None else "sample"
     if training == "train":
-        feed, held_feed = offline_feeds(config, model, accelerator, asked, pairs)
+        feed, held_feed = offline_feeds(config, model, accelerator, asked + watched, pairs)
         model.stage(training)  # all is cached
         state = TrainState(model, accelerator, s, config.reference)
         read = {p for one in (feed, held_feed) if one is not None for p in one.prompts}
@@ -218,14 +226,15 @@ def train_once(config: TrainConfig, pairs: Rows | None = None) -> Run:
         state = TrainState(model, accelerator, s, config.reference)
         bare = lambda: unwrapped(state)  # noqa: E731
         if config.direct is not None:
-            feed = direct_feed(config, state, asked, bare)
+            feed = direct_feed(config, state, asked + watched, bare)
         else:
-            feed = online_feed(config, state, asked, bare, lambda step, values: tracker.write(step, values))
+            feed = online_feed(config, state, asked + watched, bare, lambda step, values: tracker.write(step, values))
         read = {p.text for p in feed.prompts}
     cut = model.truncated(read)
     if cut and main:
         log.warning("%d prompts are longer than the text encoder reads, and are cut", cut)
-    state.feed = feed
+    state.feed, state.limits = feed, Limits(config.watch.limits if config.watch else None)
+    watcher = make_watcher(config, model, watched, feed, dict(zip(config.evaluate.scorers, scorers, strict=True)))
     if checkpoint is not None:
         state.load(checkpoint)
     noise = check_ratio(config, feed, accelerator.autocast) if isinstance(feed, OnlineFeed) and feed.replays else {}
@@ -248,6 +257,16 @@ def train_once(config: TrainConfig, pairs: Rows | None = None) -> Run:
                 values["select/score"] = result.score.mean().item()
         return values
 
+    def watch() -> dict[str, float]:
+        """One process looks, and all go by what it sees."""
+        seen: list[dict[str, float]] = [{}]
+        if watcher is not None and main:
+            with unwrapped(state), final_weights(model, "ema" if s.ema_decay else None):
+                model.stage("sample")
+                seen = [watcher(state.step)]
+                model.stage(training)
+        return (seen if watcher is None else broadcast_object_list(seen))[0]
+
     @torch.no_grad()
     def drift() -> float:
         """|error under the moving reference - error under the base|, the mean over one fixed batch of winners."""
@@ -259,11 +278,13 @@ def train_once(config: TrainConfig, pairs: Rows | None = None) -> Run:
         return gone[gone.isfinite()].mean().abs().item()
 
     learned = learner(objective, feed.examples if isinstance(feed, Offline) else (), config.data.groups)
-    fit(state, feed, learned, tracker, heldout, lambda: state.save(folder, resolved), drift)
+    fit(state, feed, learned, tracker, heldout, lambda: state.save(folder, resolved), drift, watch)
     metrics: dict[str, Any] = {"steps": state.step, "denoiser_passes": state.cost, "train_seconds": round(state.seconds, 1)}
     if cut:
         metrics["truncated_prompts"] = cut
     metrics |= noise | (feed.totals() if isinstance(feed, OnlineFeed | DirectFeed) else {})
+    if config.watch is not None:
+        metrics |= {"best": state.best, "events": state.limits.events, "stopped": state.limits.stopped}
     if main and (config.evaluate.enabled or config.model.lora is None):  # a whole pipeline is exported with all its parts
         model.stage("sample")
     if main:

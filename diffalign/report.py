@@ -16,22 +16,55 @@ from diffalign.models import Format
 from diffalign.models.lora import KOHYA_FILE
 from diffalign.scoring import ShapesScorer
 from diffalign.train.tracking import read_metrics
+from diffalign.train.watch import PREFIX, strip_of
 
 Series = dict[str, list[tuple[float, float]]]
 """Points of lines by their label."""
 CURVES: list[tuple[str, str, dict[str, str]]] = [
     ("Loss", "loss", {"loss": "training", "heldout/loss": "held-out"}),
     ("Implicit accuracy", "share of pairs", {"accuracy": "training", "heldout/accuracy": "held-out"}),
-    ("Drift from the reference", "error, policy - reference", {
-        "drift/winner": "winner", "drift/loser": "loser",
-        "heldout/drift/winner": "winner, held-out", "heldout/drift/loser": "loser, held-out",
-    }),
-    ("Margin by timestep quarter", "error", {
-        "margin/q1": "least noise", "margin/q2": "second", "margin/q3": "third", "margin/q4": "most noise",
-    }),
+    (
+        "Drift from the reference",
+        "error, policy - reference",
+        {
+            "drift/winner": "winner",
+            "drift/loser": "loser",
+            "heldout/drift/winner": "winner, held-out",
+            "heldout/drift/loser": "loser, held-out",
+        },
+    ),
+    (
+        "Margin by timestep quarter",
+        "error",
+        {
+            "margin/q1": "least noise",
+            "margin/q2": "second",
+            "margin/q3": "third",
+            "margin/q4": "most noise",
+        },
+    ),
+    (
+        "Reward",
+        "mean",
+        {"rollout/reward": "of rollouts", "rollout/reward_std": "deviation within groups", "reward": "of samples"},
+    ),
+    ("KL", "per dimension", {"kl/ref": "from the reference", "kl/old": "from the policy that sampled"}),
+    ("Ratio", "largest distance from 1", {"ratio/largest_off_1": "ratio"}),
+    ("Clip", "share of rows", {"ratio/clipped": "outside of the range", "rows_trained": "that still teach"}),
     ("Gradient norm", "before clipping", {"grad_norm": "gradient"}),
     ("Speed", "images/s", {"images_per_second": "images/s"}),
+]
+WATCHED: list[tuple[str, str, dict[str, str]]] = [
+    ("Diversity", "distance within prompts", {"watch/diversity": "diversity"}),
+    ("Norm of the prediction", "ratio to the base", {"watch/prediction_norm": "ratio"}),
+    ("Pictures", "share", {
+        "watch/brightness": "brightness", "watch/saturation": "saturation", "watch/dark_share": "dark pixels",
+        "watch/edge_density": "edges",
+    }),
+    ("Colour entropy", "bits", {"watch/colour_entropy": "entropy"}),
 ]  # fmt: skip
+GOLD = 4
+"""Held-out values beside the reward, at most."""
 
 
 def write_report(folder: Path) -> Path:
@@ -41,13 +74,21 @@ def write_report(folder: Path) -> Path:
         DataError: the folder holds no finished run.
     """
     write_card(folder, folder)
-    more = {
+    context, lines = _context(folder), read_metrics(folder)
+    events = [x for x in lines if "event" in x]
+    gold = _gold(lines, context["config"]["train"]["metric_for_best"])
+    watched = [("Gold against proxy", "change, in deviations at the start", gold)]
+    watched += [(title, unit, _series(lines, names)) for title, unit, names in WATCHED]
+    context |= {
         "matrix": _win_matrix(folder),
-        "curves": [c for c in (_curve(folder, *spec) for spec in CURVES) if c],
-        "round_curves": _round_curves(_context(folder)["rounds"]),
+        "curves": [c for t, unit, names in CURVES if (c := _chart(t, unit, _series(lines, names), "step"))],
+        "round_curves": _round_curves(context["rounds"]),
         "samples": _samples(folder),
+        "events": events,
+        "watched": [c for one in watched if (c := _chart(*one, "step", events))],
+        "strips": _strips(folder, lines),
     }
-    return _render("report.html.j2", folder / "report.html", _context(folder) | more)
+    return _render("report.html.j2", folder / "report.html", context)
 
 
 def write_card(run: Path, folder: Path, format: Format = "diffusers", repository: str | None = None) -> Path:
@@ -148,8 +189,7 @@ def _samples(folder: Path, limit: int = 24) -> list[dict[str, Any]]:
     rows = json.loads(path.read_text())[:limit]
     for row in rows:
         for side in ("base", "aligned"):
-            data = (folder / "samples" / Path(row[side]["file"]).name).read_bytes()
-            row[side]["uri"] = "data:image/png;base64," + base64.b64encode(data).decode()
+            row[side]["uri"] = _inlined(folder / "samples" / Path(row[side]["file"]).name)
             values = row[side]["values"]
             row[side]["ok"] = values.get("exact") == 1.0
             row[side]["wrong"] = ", ".join(k for k in ShapesScorer.kinds if values.get(k, 1.0) < 1)
@@ -157,11 +197,40 @@ def _samples(folder: Path, limit: int = 24) -> list[dict[str, Any]]:
     return rows
 
 
-def _curve(folder: Path, title: str, unit: str, names: dict[str, str]) -> str | None:
-    """One chart of what was logged; None where nothing was."""
-    lines = read_metrics(folder)
-    series = {label: [(x["step"], x[key]) for x in lines if key in x] for key, label in names.items()}
-    return _chart(title, unit, {k: v for k, v in series.items() if v}, "step")
+def _strips(folder: Path, lines: Sequence[dict[str, Any]], limit: int = 12) -> list[dict[str, Any]]:
+    """Pictures of the same prompts at the first look, the last, and some between."""
+    steps = [x["step"] for x in lines if f"{PREFIX}prediction_norm" in x and strip_of(folder, x["step"]).is_file()]
+    count = min(limit, len(steps))
+    chosen = [steps[round(i * (len(steps) - 1) / max(1, count - 1))] for i in range(count)]
+    said = json.loads((folder / "samples" / "watch.json").read_text()) if chosen else []
+    return [{"step": n, "uri": _inlined(strip_of(folder, n)), "prompts": said} for n in dict.fromkeys(chosen)]
+
+
+def _inlined(file: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
+
+
+def _series(lines: Sequence[dict[str, Any]], names: dict[str, str]) -> Series:
+    """What was logged, by the labels of its names."""
+    found = {label: [(x["step"], x[key]) for x in lines if key in x] for key, label in names.items()}
+    return {label: points for label, points in found.items() if points}
+
+
+def _gold(lines: Sequence[dict[str, Any]], best: str) -> Series:
+    """The reward and what it stands for, on one axis: change since the start over the deviation of pictures there."""
+    names = dict.fromkeys(k for x in lines for k in x if k.startswith(PREFIX) and f"{k}_std" in x)
+    proxy, gold = f"{PREFIX}reward", sorted((k for k in names if k != f"{PREFIX}reward"), key=lambda k: k != best)[:GOLD]
+    wanted = {proxy: "reward", **{k: f"{k.removeprefix(PREFIX)}, held-out" for k in gold}}
+    if proxy in names:
+        wanted |= {"rollout/reward": "reward of rollouts", "reward": "reward of samples"}
+    out: Series = {}
+    for key, label in wanted.items():
+        points = _series(lines, {key: label}).get(label, [])
+        of = key if key in names else proxy
+        deviation = next((x[f"{of}_std"] for x in lines if x.get(f"{of}_std")), 1.0)
+        if points:
+            out[label] = [(step, (value - points[0][1]) / deviation) for step, value in points]
+    return out
 
 
 def _round_curves(rows: list[dict[str, Any]]) -> list[str]:
@@ -180,8 +249,8 @@ def _round_curves(rows: list[dict[str, Any]]) -> list[str]:
     return [c for c in (_chart(title, unit, series, "rounds") for title, unit, series in charts) if c]
 
 
-def _chart(title: str, unit: str, series: Series, along: str) -> str | None:
-    """Inline SVG; None where there is nothing to draw."""
+def _chart(title: str, unit: str, series: Series, along: str, events: Sequence[dict[str, Any]] = ()) -> str | None:
+    """Inline SVG, with a line where something happened; None where there is nothing to draw."""
     if not series:
         return None
     import matplotlib as mpl
@@ -190,7 +259,8 @@ def _chart(title: str, unit: str, series: Series, along: str) -> str | None:
     from matplotlib.ticker import MaxNLocator
 
     with mpl.rc_context({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "diffalign", "font.family": "sans-serif"}):
-        figure = Figure(figsize=(4.6, 2.7), layout="constrained")
+        many = len(series) > 4
+        figure = Figure(figsize=(4.6, 3.4 if many else 2.7), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         for label, points in series.items():
@@ -199,15 +269,20 @@ def _chart(title: str, unit: str, series: Series, along: str) -> str | None:
             axes.plot(
                 steps, values, label=label, lw=1.5, ls="--" if dashed else "-", marker="o" if len(points) < 8 else None, ms=3
             )
+        for event in events:
+            colour = "#b42318" if event["event"] == "stop" else "#dc6803"
+            axes.axvline(event["step"], color=colour, lw=1, ls=":")
         axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
         axes.set_xlabel(along)
-        if along == "rounds":
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel(unit)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         if len(series) > 1 or "held-out" in next(iter(series)):
-            axes.legend(frameon=False, fontsize=8)
+            if many:  # below, where no line runs
+                figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2)
+            else:
+                axes.legend(frameon=False, fontsize=8)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     svg = buffer.getvalue()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from diffalign.errors import ConfigError, ModelError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from diffalign.scorers import Card, Scorer
     from diffalign.scorers.verify import Check
 
+NONE: Mapping[str, Scorer] = MappingProxyType({})
 DECODING = "1"
 """Rises whenever the same file is decoded to other pixels."""
 
@@ -25,6 +27,7 @@ class ShapesScorer:
     """The exact judge as a scorer: exact, score (the share of facts that hold), cleanliness, and each kind of fact."""
 
     name = "shapes"
+    summary = ("score", "exact", "cleanliness")
     kinds = ("colour", "shape", "count", "relation", "background")
 
     def __call__(self, batch: Any) -> Any:
@@ -45,15 +48,16 @@ class ShapesScorer:
         return ScoreBatch({k: torch.tensor(v) for k, v in values.items()}, partial=frozenset({"relation"}))
 
 
-def make_scorers(names: Sequence[str], away: bool = False) -> list[Scorer]:
-    """Scorers by name; see :attr:`EvaluateSpec.scorers`. ``away`` leaves their encoders in main memory.
+def make_scorers(names: Sequence[str], away: bool = False, made: Mapping[str, Scorer] = NONE) -> list[Scorer]:
+    """Scorers by name; see :attr:`EvaluateSpec.scorers`. ``away`` leaves their encoders in main memory, and ``made`` are
+    there already.
 
     Raises:
         ConfigError: two scorers would give a value of the same name, or one cannot be built as it is written.
     """
     out = []
     for name in names:
-        out.append(make_scorer(name))
+        out.append(made[name] if name in made else make_scorer(name))
         if away and hasattr(encoder := getattr(out[-1], "encoder", None), "move"):
             encoder.move(True)  # type: ignore[union-attr]
     called = [scorer.name for scorer in out]

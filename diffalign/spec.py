@@ -101,9 +101,7 @@ class Choice:
         if isinstance(name, str) and ":" in name:
             return self._import(name)
         known = [*self.options, *self.aliases]
-        raise ValueError(
-            f"unknown type {name!r}{_did_you_mean(str(name), known)}; known: {', '.join(known)}, or pkg.mod:Class"
-        )
+        raise ValueError(f"unknown type {name!r}{did_you_mean(str(name), known)}; known: {', '.join(known)}, or pkg.mod:Class")
 
     def _import(self, name: str) -> type[Spec]:
         module, _, attribute = name.partition(":")
@@ -266,7 +264,7 @@ def _explain(cls: type[Spec], err: Any) -> str:
     loc = [str(part) for part in err["loc"]]
     key = ".".join(loc) or "(the whole)"
     if err["type"] == "extra_forbidden":
-        return f"{key}: unknown key{_did_you_mean(loc[-1], _keys_at(cls, loc[:-1]))}"
+        return f"{key}: unknown key{did_you_mean(loc[-1], _keys_at(cls, loc[:-1]))}"
     if err["type"] == "missing":
         return f"{key}: missing, and it has no default"
     message = err["msg"].removeprefix("Value error, ")
@@ -300,7 +298,8 @@ def _specs_in(annotation: Any) -> list[type[Spec]]:
     return [s for a in get_args(annotation) for s in _specs_in(a)]
 
 
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Words that suggest a near one of ``known``; nothing where none is near."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f", did you mean {close[0]!r}?" if close else ""
 

@@ -18,7 +18,7 @@ from diffalign.train.feeds import Feed
 from diffalign.train.state import TrainState
 from diffalign.train.tracking import Tracker
 
-Heldout = Callable[[], dict[str, float]]
+Measure = Callable[[], dict[str, float]]
 
 
 class Interrupted(Exception):
@@ -30,16 +30,19 @@ def fit(
     feed: Feed,
     objective: Total | GroupRobust,
     tracker: Tracker,
-    heldout: Heldout,
+    heldout: Measure,
     save: Callable[[], object],
     drift: Callable[[], float] = float,
+    watch: Measure = dict,
 ) -> None:
     """Train to ``max_steps``, early stop or a signal. ``heldout`` measures, ``save`` checkpoints, ``drift`` is that of a
-    reference that moves.
+    reference that moves, ``watch`` measures what limits are on, before the first step too.
     """
     s, acc, model = state.settings, state.accelerator, state.model
     saved, saved_step = time.monotonic(), state.step
     tracker.begin(state.step)
+    if not state.limits.start:
+        _watched(state, tracker, watch)
     with _signals() as asked:
         while state.step < s.max_steps and not state.enough:
             model.net.train()
@@ -64,6 +67,7 @@ def fit(
             if state.step == s.max_steps or (s.eval_steps and state.step % s.eval_steps == 0):
                 values = heldout()
                 tracker.write(state.step, values)
+                values |= _watched(state, tracker, watch)
                 state.drifting = state.drifting + 1 if values.get("heldout/drift/winner", 0.0) > 0 else 0
                 if s.metric_for_best in values:
                     state.improved(s.metric_for_best, values[s.metric_for_best])
@@ -102,6 +106,15 @@ def gradient_cosine(terms: Terms, parameters: Sequence[torch.nn.Parameter]) -> t
         for side in sides
     ]
     return torch.nn.functional.cosine_similarity(flat[0], flat[1], dim=0)[None]
+
+
+def _watched(state: TrainState, tracker: Tracker, watch: Measure) -> dict[str, float]:
+    """Look, write it down, and see which limits were crossed."""
+    values = watch()
+    tracker.write(state.step, values)
+    for event in state.limits.check(state.step, values):
+        tracker.event(event)
+    return values
 
 
 @contextlib.contextmanager

@@ -75,6 +75,13 @@ class Rewards:
         """The weighted sum of (names, ...) values."""
         return torch.einsum("n,n...->...", self.weights.to(values), values)
 
+    def judge(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """(B,) the weighted sum of pictures that are not trained on: they do not count as calls."""
+        calls = self.calls
+        total = self.total(self(pixels, prompts).double())
+        self.calls = calls
+        return total
+
     def _ask(self, batch: ScoreInput) -> tuple[Tensor, dict[int, str]]:
         self.calls += len(batch)
         values: dict[str, Tensor] = {}
@@ -152,6 +159,14 @@ class GradientRewards:
                 )
         weighted = [self.spec.weights.get(name, 1.0) * value for name, value in values.items()]
         return torch.stack(weighted, 1), {name: value.detach() for name, value in values.items()}
+
+    @torch.no_grad()
+    def judge(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """(B,) the weighted sum of pictures that are not trained on: they do not count as calls."""
+        calls = self.calls
+        weighted, _ = self(pixels, prompts)
+        self.calls = calls
+        return weighted.double().sum(1)
 
     def _one(self, scorer: Any, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         c = self.spec.contrast

@@ -13,16 +13,18 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from diffalign.data.files import write_json
 from diffalign.errors import ConfigError, DiffalignError, ModelError
 from diffalign.models import Model
-from diffalign.spec import Spec
+from diffalign.spec import Spec, did_you_mean
 from diffalign.train.feeds import Feed
 from diffalign.train.references import GIVEN, Base, ReferencePolicy
+from diffalign.train.watch import PREFIX, Limits
 
+BEST = ("heldout/loss", "heldout/accuracy", "heldout/worst_group/loss", "heldout/worst_group/accuracy", "select/score")
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -64,11 +66,10 @@ class TrainSettings(Spec):
     gradient_angle_steps: int = Field(default=0, ge=0)
     """Log the cosine between the gradients of winner's and loser's error every this many steps, for two more backward passes;
     0 never."""
-    metric_for_best: Literal[
-        "heldout/loss", "heldout/accuracy", "heldout/worst_group/loss", "heldout/worst_group/accuracy", "select/score"
-    ] = "heldout/loss"
-    """Decides which checkpoint is the best; select/score makes images from ``evaluate.select_prompts`` prompts, and the worst
-    group is that of ``data.groups``."""
+    metric_for_best: str = "heldout/loss"
+    """Decides which checkpoint is the best: heldout/loss, heldout/accuracy, heldout/worst_group/loss or its accuracy (of
+    ``data.groups``), select/score (of images from ``evaluate.select_prompts`` prompts), or watch/VALUE, higher is better, of
+    what ``watch`` measures."""
     load_best: bool = False
     """Export the best weights instead of the last."""
     save_steps: int = Field(default=0, ge=0)
@@ -77,6 +78,15 @@ class TrainSettings(Spec):
     save_total_limit: int = Field(default=2, ge=1)
     """Older checkpoints are removed."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
+
+    @field_validator("metric_for_best")
+    @classmethod
+    def _measured(cls, name: str) -> str:
+        if name in BEST or name.startswith(PREFIX):
+            return name
+        if name == "reward" or name.startswith("rollout/"):
+            raise ValueError("the training reward cannot say which weights are best: name a held-out value, watch/VALUE")
+        raise ValueError(f"unknown value{did_you_mean(name, BEST)}; use {', '.join(BEST)} or watch/VALUE")
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], s: TrainSettings) -> torch.optim.Optimizer:
@@ -131,6 +141,7 @@ class TrainState:
         self.since_best = 0
         self.drifting = 0
         """Evaluations in a row in which held-out winners were worse than at the start."""
+        self.limits = Limits()
         self.spent, self.began = 0.0, time.monotonic()
         if settings.ema_decay:
             model.named_weights.take("ema")
@@ -143,10 +154,10 @@ class TrainState:
 
     @property
     def enough(self) -> bool:
-        """Whether a patience has run out."""
+        """Whether a patience has run out, or a limit says stop."""
         s = self.settings
         waited = (s.early_stopping_patience, self.since_best), (s.winner_drift_patience, self.drifting)
-        return any(patience and count >= patience for patience, count in waited)
+        return self.limits.stopped is not None or any(patience and count >= patience for patience, count in waited)
 
     def update(self) -> dict[str, float]:
         """Clip, check, step the optimizer and the average; returns what was measured.
@@ -223,7 +234,7 @@ class TrainState:
             if acc.is_main_process:
                 sizes = {f.name: f.stat().st_size for f in sorted(tmp.iterdir())}
                 state = {"step": self.step, "cost": self.cost, "best": self.best, "since_best": self.since_best}
-                state["drifting"] = self.drifting
+                state |= {"drifting": self.drifting, "watch": self.limits.state()}
                 state["seconds"] = round(self.seconds, 1)
                 write_json(tmp / "state.json", state | {"processes": acc.num_processes, "files": sizes})
                 shutil.rmtree(final, ignore_errors=True)
@@ -277,6 +288,7 @@ class TrainState:
         self.objective = extra["objective"]
         self.step, self.cost = state["step"], state["cost"]
         self.best, self.since_best, self.drifting = state["best"], state["since_best"], state.get("drifting", 0)
+        self.limits.restore(state.get("watch", {}))
         self.spent, self.began = state["seconds"], time.monotonic()
 
 

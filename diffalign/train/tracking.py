@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import resource
 import sys
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from diffalign.data.files import write_text
 from diffalign.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 class Tracker:
@@ -40,7 +43,7 @@ class Tracker:
         from tqdm import tqdm
 
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= step]
+        kept = [line for line in lines if _step_of(line) <= step] if step else []
         if len(kept) != len(lines):
             write_text(self.path, "".join(line + "\n" for line in kept))
         self.bar = tqdm(total=self.total, initial=step, desc="train", unit="step", dynamic_ncols=True)
@@ -78,6 +81,14 @@ class Tracker:
             shown = {k: f"{values[k]:.4g}" for k in ("loss", "accuracy", "images_per_second") if k in values}
             self.bar.set_postfix(shown, refresh=False)
 
+    def event(self, what: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl that says what happened, with its step and message, and a warning."""
+        if not self.accelerator.is_main_process:
+            return
+        log.warning("step %d: %s", what["step"], what["message"])
+        with self.path.open("a") as f:
+            f.write(json.dumps(dict(what)) + "\n")
+
     def advance(self) -> None:
         if self.bar is not None:
             self.bar.update()
@@ -89,7 +100,7 @@ class Tracker:
             tracker.finish()
 
 
-def read_metrics(folder: Path) -> list[dict[str, float]]:
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl; a last line cut short by a kill is left out."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
