@@ -27,12 +27,15 @@ if TYPE_CHECKING:
         evaluate,
         generate,
     )
+    from diffalign.grpo import GRPOConfig, GRPOTrainer
 
 __all__ = [
     "CPOConfig",
     "CPOTrainer",
     "DPOConfig",
     "DPOTrainer",
+    "GRPOConfig",
+    "GRPOTrainer",
     "KTOConfig",
     "KTOTrainer",
     "MaPOConfig",
@@ -52,7 +55,7 @@ __all__ = [
 def __getattr__(name: str) -> object:
     """Import the Python interface on first use: ``import diffalign`` stays instant."""
     if name in __all__:
-        from diffalign import api
+        from diffalign import api, grpo
 
-        return getattr(api, name)
+        return getattr(grpo if name.startswith("GRPO") else api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

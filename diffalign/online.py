@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from diffalign.evaluation import prompts_of
 from diffalign.pairs import BestSigma, BestWorst
 from diffalign.rollout import check
 from diffalign.rules import ODE
+from diffalign.scorers import Scorer
 from diffalign.scoring import make_scorers
 from diffalign.timesteps import Uniform
 from diffalign.train.online import Online, OnlineFeed
@@ -31,6 +33,14 @@ log = logging.getLogger(__name__)
 
 CLIP_OVER_NOISE = 10.0
 """The clip range must be this many times the largest |ratio - 1| of an unchanged policy, or it gates on rounding."""
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """What a caller from Python has at hand in place of names in the configuration."""
+
+    prompts: Sequence[Prompt] | None = None
+    scorers: Sequence[Scorer] | None = None
 
 
 def consistent(c: TrainConfig) -> None:
@@ -104,14 +114,16 @@ def without_data(c: TrainConfig, section: str) -> None:
         raise ValueError(f"{section} holds out no pairs: set train.metric_for_best=select/score or a value of watch")
 
 
-def own_prompts(source: str, limit: int, seed: int, asked: Sequence[Prompt], section: str) -> list[Prompt]:
-    """The prompts of a section that samples its own: none that is evaluated on.
+def own_prompts(
+    source: str, limit: int, seed: int, asked: Sequence[Prompt], section: str, given: Sequence[Prompt] | None = None
+) -> list[Prompt]:
+    """The prompts of a section that samples its own: none that is evaluated on. Those ``given`` stand in for the source.
 
     Raises:
         ConfigError: there are no others.
     """
     said = {normalised(p.text) for p in asked}
-    prompts = [p for p in prompts_of(source, limit, seed) if normalised(p.text) not in said]
+    prompts = [p for p in given or prompts_of(source, limit, seed) if normalised(p.text) not in said]
     if not prompts:
         raise ConfigError(f"{section}.prompts: all of them are evaluated on", hint="use other prompts")
     return prompts
@@ -123,6 +135,7 @@ def online_feed(
     asked: Sequence[Prompt],
     bare: Callable[[], AbstractContextManager[None]],
     write: Callable[[int, dict[str, float]], object],
+    given: InMemory,
 ) -> OnlineFeed:
     """The feed of a run, whose prompts are none that are evaluated on.
 
@@ -138,14 +151,14 @@ def online_feed(
             f"{spec.updates} updates",
             hint="change online.prompts_per_rollout or online.rollout.batch_size",
         )
-    prompts = own_prompts(spec.prompts, spec.num_prompts, s.seed, asked, "online")
+    prompts = own_prompts(spec.prompts, spec.num_prompts, s.seed, asked, "online", given.prompts)
     check(model, spec.rollout, prompts)
     kind = {"image": OnlineFeed, "state": StateFeed}.get(spec.credit, StepwiseFeed)
     return kind(
         model,
         prompts,
         spec,
-        Rewards(spec.reward, make_scorers(spec.reward.scorers), Path(config.output_dir)),
+        Rewards(spec.reward, given.scorers or make_scorers(spec.reward.scorers), Path(config.output_dir)),
         config.timesteps,
         data=total.data,
         needs=total.needs

@@ -23,7 +23,7 @@ from diffalign.evaluation import EvaluateSpec, asked_of, measure, prompts_of
 from diffalign.hub import licence
 from diffalign.models import LoRA, Model, ModelSpec, Phase
 from diffalign.objectives import OBJECTIVES, Objective, Total, metrics_of
-from diffalign.online import check_ratio, online_feed
+from diffalign.online import InMemory, check_ratio, online_feed
 from diffalign.online import consistent as online_consistent
 from diffalign.round_pairs import Judged
 from diffalign.rounds import Rounds, contradictions, run_rounds
@@ -167,16 +167,21 @@ def resume_point(config: TrainConfig) -> Path | None:
     return None
 
 
-def train(config: TrainConfig, pairs: Rows | None = None, finished: Callable[[Path], object] = lambda folder: None) -> Run:
+def train(
+    config: TrainConfig,
+    pairs: Rows | None = None,
+    finished: Callable[[Path], object] = lambda folder: None,
+    given: InMemory | None = None,
+) -> Run:
     """The whole of ``diffalign train``: one run, or rounds of them. Every process of a launch calls it.
 
-    ``pairs`` in memory, or single images with labels, stand in for those at ``config.data.path``; ``finished`` hears of each
-    round's folder.
+    ``pairs`` in memory, or single images with labels, stand in for those at ``config.data.path``, and what is ``given`` for
+    what ``config.online`` names; ``finished`` hears of each round's folder.
     """
     import torch
 
     if config.rounds is None:
-        run = train_once(config, pairs)
+        run = train_once(config, pairs, given)
     elif pairs is not None:
         raise ConfigError("rounds: pairs cannot be given as rows in memory", hint="give a table or a dataset folder")
     else:
@@ -187,7 +192,7 @@ def train(config: TrainConfig, pairs: Rows | None = None, finished: Callable[[Pa
     return run
 
 
-def train_once(config: TrainConfig, pairs: Rows | None = None) -> Run:
+def train_once(config: TrainConfig, pairs: Rows | None = None, given: InMemory | None = None) -> Run:
     """Fit, export, evaluate."""
     import torch
     from accelerate.utils import broadcast_object_list, set_seed
@@ -228,7 +233,8 @@ def train_once(config: TrainConfig, pairs: Rows | None = None) -> Run:
         if config.direct is not None:
             feed = direct_feed(config, state, asked + watched, bare)
         else:
-            feed = online_feed(config, state, asked + watched, bare, lambda step, values: tracker.write(step, values))
+            held_apart, memory = asked + watched, given or InMemory()
+            feed = online_feed(config, state, held_apart, bare, lambda step, values: tracker.write(step, values), memory)
         read = {p.text for p in feed.prompts}
     cut = model.truncated(read)
     if cut and main:

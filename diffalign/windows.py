@@ -18,6 +18,8 @@ from pydantic import Field, model_validator
 
 from diffalign.spec import Choice, Spec
 
+REMEDY = "shorten or move it, or raise num_inference_steps"
+
 
 class Window(Spec):
     """Where the trained steps begin, and how many there are."""
@@ -65,7 +67,7 @@ class Sized(Window):
 
     def check(self, steps: int) -> None:
         if self.size > steps:
-            raise ValueError(f"a window of size {self.size} does not fit into {steps} steps that can be trained")
+            raise ValueError(f"a window of size {self.size} does not fit into {steps} steps that can be trained: {REMEDY}")
 
 
 class Fixed(Sized):
@@ -80,8 +82,10 @@ class Fixed(Sized):
 
     def check(self, steps: int) -> None:
         if self.begin + self.size > steps:
-            last = self.begin + self.size
-            raise ValueError(f"a window of steps {self.begin} to {last - 1} does not fit into {steps} that can be trained")
+            last = self.begin + self.size - 1
+            raise ValueError(
+                f"a window of steps {self.begin} to {last} does not fit into {steps} that can be trained: {REMEDY}"
+            )
 
 
 class Random(Sized):
@@ -105,7 +109,8 @@ class Random(Sized):
     def check(self, steps: int) -> None:
         high = steps if self.high is None else self.high
         if self.low + self.size > high or high > steps:
-            raise ValueError(f"a window of size {self.size} between {self.low} and {high} does not fit into {steps} steps")
+            where = f"between {self.low} and {high}"
+            raise ValueError(f"a window of size {self.size} {where} does not fit into {steps} steps: {REMEDY}")
 
 
 class Moving(Sized):

@@ -200,6 +200,21 @@ def test_the_flow_world_draws_in_the_stock_pipeline(tmp_path: Path, monkeypatch:
     assert (tmp_path / "flow.png").stat().st_size > 0
 
 
+def test_the_documented_grpo_runs(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (code,) = blocks("online-methods.md")
+    for large, small in {
+        '"shapes-unet"': repr(str(tiny)),
+        "max_steps=100": "max_steps=1, per_device_train_batch_size=16",
+    }.items():
+        assert large in code
+        code = code.replace(large, small)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "online-methods.md", "exec"), {"__name__": "example"})
+    assert capsys.readouterr().out.strip() == "64"
+
+
 def test_the_documented_rollout_runs(capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile("\n".join(blocks("rollouts.md")), "rollouts.md", "exec"), {})
     assert capsys.readouterr().out

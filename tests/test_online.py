@@ -385,7 +385,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "images that fill no block": ({"online": {"prompts_per_rollout": 3}}, "no multiple of"),
     "parts of blocks": ({"train": {"per_device_train_batch_size": 3}}, "multiple of"),
     "a window beyond the steps": (
-        {"online": {"rollout": {"window": {"type": "fixed", "start": 2, "size": 2}, "num_inference_steps": 3}}}, "window"
+        {"online": {"rollout": {"window": {"type": "fixed", "begin": 2, "size": 2}, "num_inference_steps": 3}}},
+        "shorten or move",
     ),
     "fewer candidates than are kept": ({"online": {"oversample": {"candidates": 2}, "group_size": 4}}, "below group_size"),
     "previews of one noise": ({"online": {"oversample": {}, "rollout": {"same_noise": True}}}, "same_noise"),
@@ -424,9 +425,25 @@ def test_a_clip_range_under_the_noise_is_refused_before_training(
         "diffalign.preflight.replay", lambda *a, **k: honest(*a, **k) * (1 + 1e-4)
     )  # a kernel that rounds otherwise
     sections = small(tiny, tmp_path / "run", objective={"type": "ppo", "clip_range": 1e-6})
-    with pytest.raises(ConfigError, match="clip_range"):
+    with pytest.raises(ConfigError, match="clip_range") as refused:
         train(validate(TrainConfig, sections))
+    assert "widen it, or replay as sampled" in str(refused.value.hint)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_two_passes_of_guidance_on_a_model_with_distilled_guidance_are_refused(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Prompts with negatives ask for them; the scale alone is the number that such a model is told."""
+    (tmp_path / "prompts.csv").write_text("prompt,negative_prompt\n" + "".join(f"picture {i},dark\n" for i in range(8)))
+    rollout = {"rule": {"type": "cps"}, "guidance_scale": 3.5, "num_inference_steps": 3, "batch_size": 4}
+    spec = online(rollout=rollout, prompts=str(tmp_path / "prompts.csv"))
+    sections = small(folder_of("flux-dev"), tmp_path / "run", online=spec.model_dump())
+    sections["model"]["max_sequence_length"] = 16
+    with pytest.raises(ConfigError, match="two passes") as refused:
+        train(validate(TrainConfig, sections))
+    assert "drop the negative prompts" in str(refused.value.hint)
+    assert not (tmp_path / "run").exists()
 
 
 def test_metrics_name_the_reward_and_the_ratio(tiny: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from diffalign.catalogue import shipped_configs
+from diffalign.catalogue import kind_of, shipped_configs
 from diffalign.recipes import TrainConfig, train
 from diffalign.spec import dump, load, validate
 from diffalign.train.tracking import read_metrics
@@ -18,7 +18,7 @@ from diffalign.train.tracking import read_metrics
 ONLINE = {
     name: config
     for name, path in shipped_configs().items()
-    if name.startswith("presets/") and (config := load(TrainConfig, path)).online is not None
+    if name.startswith("presets/") and kind_of(name) == "train" and (config := load(TrainConfig, path)).online is not None
 }
 FAST = ["ddpo", "flow-grpo-fast", "diffusion-nft", "spo"]
 REWARD = {"scorers": ["test_online:brightness"], "weights": {"brightness": 1.0}}

@@ -205,6 +205,9 @@ def test_pairs_count_alike_whatever_the_ties(feed: Make) -> None:
         assert sum(weights) == pytest.approx(1.0)
         assert min(weights) == 0.0
         assert len({round(w, 6) for w in weights if w}) == 1
+        if credit == "state":  # and cost nothing, but for one row where all are ties, which processes wait for
+            decided = [batch.block.decided[:, batch.slots[0]].sum().item() for batch in batches]
+            assert [len(batch.rows) for batch in batches] == [max(1, n) for n in decided]
 
 
 def often_flat(images: Any, prompts: Any) -> list[float]:
@@ -285,7 +288,7 @@ def test_what_was_preferred_becomes_more_likely(credit: str, tiny: Path, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["d3po", "spo"])
+@pytest.mark.parametrize("kind", ["d3po", "prdp", "spo"])
 def test_two_real_processes_train_as_one(kind: str, tiny: Path, tmp_path: Path) -> None:
     objective, credit = KINDS[kind]
     losses = []

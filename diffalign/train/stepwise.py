@@ -201,13 +201,15 @@ class StateFeed(StepwiseFeed):
         return Fork(items, paths, torch.zeros(b), mean, candidates[i, j, worst], scores, decided)
 
     def _of(self, block: Block) -> Iterator[StepPairs]:
+        """Step by step, what is decided; what is not costs nothing."""
         assert isinstance(block, Fork)
         for start in range(0, len(block.items), self.batch_size):
-            rows = list(range(start, min(start + self.batch_size, len(block.items))))
-            pairs = [(n, n) for n in range(len(rows))]
             for slot in range(block.paths.std.shape[1]):
-                weight = block.decided[rows, slot].float()
-                yield StepPairs(block, rows, pairs, [slot], weight, 0 if slot else len(rows))
+                there = range(start, min(start + self.batch_size, len(block.items)))
+                rows = [row for row in there if block.decided[row, slot]]
+                weight = torch.ones(len(rows)) if rows else torch.zeros(1)
+                rows = rows or [start]
+                yield StepPairs(block, rows, [(n, n) for n in range(len(rows))], [slot], weight, 0 if slot else len(there))
 
     def _scores(self, batch: StepPairs, win: list[int], lose: list[int]) -> tuple[Tensor, Tensor]:
         """Rewards of the two previews, as they are."""

@@ -1,0 +1,104 @@
+"""GRPO from Python does what the command does, with rewards of any kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_online import brightness, weights_of
+
+from diffalign import GRPOConfig, GRPOTrainer
+from diffalign.data.prompts import read_prompts
+from diffalign.errors import ConfigError, DataError
+from diffalign.models import LoRA
+from diffalign.recipes import TrainConfig, train
+from diffalign.rollout import RolloutSettings
+from diffalign.spec import load, validate
+from diffalign.train.tracking import read_metrics
+
+TEXTS = [f"picture {i}" for i in range(5)]
+SMALL: dict[str, Any] = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 4,
+    "num_generations": 2,
+    "generation_batch_size": 8,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "lora": LoRA(rank=4),
+    "rollout": RolloutSettings(num_inference_steps=3),
+}
+
+
+def redness(images: Any, prompts: Any) -> list[float]:
+    assert len(images) == len(prompts)
+    return [float(np.asarray(x)[..., 0].mean()) for x in images]
+
+
+def test_the_trainer_is_the_command(tiny: Path, tmp_path: Path) -> None:
+    """Prompts and a function at hand, against the same by names in a file: the same weights, bit for bit."""
+    args = GRPOConfig(output_dir=str(tmp_path / "api"), epsilon=0.01, beta=0.02, num_iterations=2, **SMALL)
+    GRPOTrainer(model=tiny, args=args, train_dataset=TEXTS, reward_funcs=brightness).train()
+    config = load(TrainConfig, tmp_path / "api" / "config.resolved.yaml")
+    (tmp_path / "prompts.txt").write_text("\n".join(TEXTS) + "\n")
+    sections = config.model_dump(mode="json") | {"output_dir": str(tmp_path / "command")}
+    sections["online"] |= {"prompts": str(tmp_path / "prompts.txt")}
+    assert [p.text for p in read_prompts(tmp_path / "prompts.txt")] == TEXTS
+    train(validate(TrainConfig, sections))
+    a, b = weights_of(tmp_path / "api"), weights_of(tmp_path / "command")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    (objective,) = config.objective
+    assert (objective.type, objective.clip_range, objective.beta) == ("ppo", 0.01, 0.02)
+    assert config.online is not None
+    assert (config.online.prompts_per_rollout, config.online.group_size, config.online.inner_epochs) == (4, 2, 2)
+    assert config.online.reward.scorers == ["test_online:brightness"]
+
+
+def test_several_rewards_by_name_and_by_function(tiny: Path, tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    args = GRPOConfig(output_dir=str(tmp_path / "run"), reward_weights=[1, 0.5], scale_rewards="batch", **SMALL)
+    rows = Dataset.from_list([{"prompt": text} for text in TEXTS])
+    trainer = GRPOTrainer(model=tiny, args=args, train_dataset=rows, reward_funcs=["compressibility", redness])
+    run = trainer.train()
+    assert trainer.config.online is not None
+    assert trainer.config.online.reward.weights == {"compressibility": 1, "redness": 0.5}
+    assert trainer.config.online.advantages.std == "global"
+    line = next(x for x in read_metrics(run.folder) if "rollout/reward" in x)
+    assert line["rollout/reward"] == pytest.approx(line["rollout/compressibility"] + 0.5 * line["rollout/redness"], rel=1e-6)
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no rewards": ({"reward_funcs": []}, "none are given"),
+    "one name twice": ({"reward_funcs": [redness, redness]}, "names of their own"),
+    "weights of others": ({"reward_weights": [1.0, 2.0]}, "2 for 1"),
+    "parts of groups": ({"generation_batch_size": 9}, "no multiple of num_generations"),
+    "no prompts": ({"train_dataset": []}, "no prompts"),
+    "a row without a prompt": ({"train_dataset": [{"prompt": "a"}, {"caption": "b"}]}, "row 2"),
+    "groups cut by batches": (
+        {"num_generations": 8, "per_device_train_batch_size": 6, "generation_batch_size": 48}, "whole groups"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_use_is_told(case: str, tiny: Path, tmp_path: Path) -> None:
+    change, said = WRONG[case]
+    own = {k: change[k] for k in ("reward_funcs", "train_dataset") if k in change}
+    settings = SMALL | {k: v for k, v in change.items() if k not in own}
+    with pytest.raises((ConfigError, DataError), match=said):
+        GRPOTrainer(
+            model=tiny,
+            args=GRPOConfig(output_dir=str(tmp_path / "run"), **settings),
+            **{"train_dataset": TEXTS, "reward_funcs": redness} | own,
+        ).train()
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_arguments_of_another_trainer_are_refused(tiny: Path, tmp_path: Path) -> None:
+    from diffalign import DPOConfig
+
+    with pytest.raises(ConfigError, match="GRPOConfig"):
+        GRPOTrainer(model=tiny, args=DPOConfig(output_dir=str(tmp_path)), train_dataset=TEXTS, reward_funcs=redness)  # type: ignore[arg-type]
