@@ -59,6 +59,7 @@ def make_accelerator(precision: str = "no", report_to: Sequence[str] = (), proje
     import torch
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedDataParallelKwargs
 
     for name in report_to:
         if find_spec(name) is None:
@@ -66,4 +67,8 @@ def make_accelerator(precision: str = "no", report_to: Sequence[str] = (), proje
     if precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("train.mixed_precision: fp16 needs a CUDA device", hint="use bf16 or no on this machine")
     AcceleratorState._reset_state()  # a second run in one process may have another precision
-    return Accelerator(mixed_precision=precision, log_with=list(report_to) or None, project_dir=project)
+    # buffers are constants, and sending them at each pass would tie processes to the same number of passes
+    alike = DistributedDataParallelKwargs(broadcast_buffers=False)
+    return Accelerator(
+        mixed_precision=precision, log_with=list(report_to) or None, project_dir=project, kwargs_handlers=[alike]
+    )

@@ -504,11 +504,16 @@ def test_resuming_is_bit_equal(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(tiny: Path, tmp_path: Path) -> None:
-    """Real processes over gloo, several passes of the network in one backward: the same losses and weights."""
+@pytest.mark.parametrize("family", ["sd", "sd3"])
+def test_two_processes_train_as_one(family: str, folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """Real processes over gloo, several passes of the network in one backward, and not as many in each process, on networks
+    without and with buffers: the same losses and weights.
+    """
+    tiny, more = folder_of(family), {}
     losses = []
     for n in (1, 2):
-        more = {"train": {"gradient_accumulation_steps": 3 - n, "adam_epsilon": 0.01, "max_steps": 3}}
+        more["train"] = {"gradient_accumulation_steps": 3 - n, "adam_epsilon": 0.01, "max_steps": 3, "seed": 1}
+        more["model"] = {"max_sequence_length": 16} if family == "sd3" else {}
         config = validate(TrainConfig, small(tiny, tmp_path / f"run{n}", **more))
         (tmp_path / f"{n}.yaml").write_text(dump(config))
         env = {
@@ -519,7 +524,7 @@ def test_two_processes_train_as_one(tiny: Path, tmp_path: Path) -> None:
         }
         launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n)]
         launch += ["--master-port", str(29400 + os.getpid() % 200), "-m", "diffalign", "train", str(tmp_path / f"{n}.yaml")]
-        done = subprocess.run(launch, env=env, capture_output=True, text=True)
+        done = subprocess.run(launch, env=env, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stderr[-2000:]
         losses.append([x["loss"] for x in read_metrics(tmp_path / f"run{n}") if "loss" in x])
     assert len(losses[0]) == 3
