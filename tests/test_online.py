@@ -336,6 +336,8 @@ def test_resuming_inside_a_rollout_is_bit_equal(kind: str, tiny: Path, tmp_path:
     assert a.keys() == b.keys()
     assert all(torch.equal(a[n], b[n]) for n in a)
     assert rest.metrics["denoiser_passes"] == whole.metrics["denoiser_passes"]
+    lines = [[x["step"] for x in read_metrics(f) if "rollout/reward" in x] for f in (whole.folder, rest.folder)]
+    assert lines == [[1, 5]] * 2
 
 
 @pytest.mark.slow

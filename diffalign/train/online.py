@@ -265,7 +265,7 @@ class OnlineFeed:
             rows = k.nonzero().flatten().tolist() if spec.advantages.keep is not None else list(range(len(items)))
             self.blocks.append(Block([items[i] for i in rows], path[rows], a[rows], r[rows]))
         self.epoch = epoch
-        self.log(step, facts)
+        self.log(step + 1, facts)  # of the update that it is for, so that resuming before it forgets the line
 
     def _chosen(self, epoch: int) -> list[list[Item]]:
         """The plan of the last epoch that was begun, with the seeds that previews chose, if they do."""
