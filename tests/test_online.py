@@ -21,7 +21,8 @@ from diffalign.objectives import PairTerms
 from diffalign.recipes import TrainConfig, train
 from diffalign.spec import validate
 from diffalign.timesteps import Uniform
-from diffalign.train.online import OLD, Behaviour, Online, OnlineFeed
+from diffalign.train.online import OLD, Behaviour, Online
+from diffalign.train.online_feed import OnlineFeed
 from diffalign.train.rewards import Rewards, RewardSpec
 from diffalign.train.tracking import read_metrics
 

@@ -20,7 +20,8 @@ from diffalign.objectives import Need, PairTerms, Terms
 from diffalign.pairs import Group
 from diffalign.rollout import replay
 from diffalign.sampling import Item
-from diffalign.train.online import Block, OnlineFeed
+from diffalign.train.online_feed import OnlineFeed
+from diffalign.train.samples import Block
 
 NEEDS: frozenset[Need] = frozenset({"loser", "reference", "scores", "old"})
 """What pairs of steps can tell."""
