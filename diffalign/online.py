@@ -19,7 +19,8 @@ from diffalign.rules import ODE
 from diffalign.scorers import Scorer
 from diffalign.scoring import make_scorers
 from diffalign.timesteps import Uniform
-from diffalign.train.online import Online, OnlineFeed
+from diffalign.train.online import Online
+from diffalign.train.online_feed import OnlineFeed
 from diffalign.train.references import Periodic
 from diffalign.train.rewards import Rewards
 from diffalign.train.stepwise import NEEDS, StateFeed, StepwiseFeed

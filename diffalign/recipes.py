@@ -32,7 +32,8 @@ from diffalign.spec import Spec, dump, load
 from diffalign.timesteps import TIMESTEPS, TimestepPolicy, Uniform
 from diffalign.train.coupling import Coupling
 from diffalign.train.direct import Direct, DirectFeed
-from diffalign.train.online import Online, OnlineFeed
+from diffalign.train.online import Online
+from diffalign.train.online_feed import OnlineFeed
 from diffalign.train.references import MOVING, OF_RUN, REFERENCES, Base, OfRun, ReferencePolicy
 from diffalign.train.state import TrainSettings, TrainState, checkpoints, make_optimizer
 from diffalign.train.watch import Limits

@@ -21,7 +21,8 @@ from diffalign.objectives import PairTerms
 from diffalign.recipes import TrainConfig, train
 from diffalign.spec import validate
 from diffalign.timesteps import Uniform
-from diffalign.train.online import OLD, Behaviour, Online, OnlineFeed
+from diffalign.train.online import OLD, Behaviour, Online
+from diffalign.train.online_feed import OnlineFeed
 from diffalign.train.rewards import Rewards, RewardSpec
 from diffalign.train.tracking import read_metrics
 
@@ -336,6 +337,8 @@ def test_resuming_inside_a_rollout_is_bit_equal(kind: str, tiny: Path, tmp_path:
     assert a.keys() == b.keys()
     assert all(torch.equal(a[n], b[n]) for n in a)
     assert rest.metrics["denoiser_passes"] == whole.metrics["denoiser_passes"]
+    lines = [[x["step"] for x in read_metrics(f) if "rollout/reward" in x] for f in (whole.folder, rest.folder)]
+    assert lines == [[1, 5]] * 2
 
 
 @pytest.mark.slow

@@ -19,8 +19,8 @@ from diffalign.models import Model
 from diffalign.objectives import Need, RewardTerms
 from diffalign.sampling import Item, item_seed
 from diffalign.spec import Spec
-from diffalign.train.online import prompt_at
 from diffalign.train.rewards import GradientRewards, GradientRewardSpec
+from diffalign.train.samples import prompt_at
 
 
 class Direct(Spec):

@@ -20,7 +20,8 @@ from diffalign.objectives import Need, PairTerms, Terms
 from diffalign.pairs import Group
 from diffalign.rollout import replay
 from diffalign.sampling import Item
-from diffalign.train.online import Block, OnlineFeed
+from diffalign.train.online_feed import OnlineFeed
+from diffalign.train.samples import Block
 
 NEEDS: frozenset[Need] = frozenset({"loser", "reference", "scores", "old"})
 """What pairs of steps can tell."""
@@ -165,7 +166,7 @@ class StateFeed(StepwiseFeed):
         within = (total - total.nanmean(-1, keepdim=True)).square().nanmean(-1).sqrt()
         facts = {"reward": total, "reward_std": within, "decided": decided, "epoch": torch.tensor(float(epoch))}
         facts |= {name: values[:, i] for i, name in enumerate(self.rewards.names)}
-        self.log(step, {f"rollout/{name}": value.nanmean().item() for name, value in facts.items()})
+        self.log(step + 1, {f"rollout/{name}": value.nanmean().item() for name, value in facts.items()})
 
     def _forked(self, items: Sequence[Item], epoch: int, scoring: ThreadPoolExecutor) -> tuple[Any, Tensor, Tensor]:
         """Paths, candidates (B, S, K, C, H, W) and rewards (names, B, S, K): a step is scored while others are made."""

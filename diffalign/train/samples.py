@@ -1,0 +1,74 @@
+"""What a rollout leaves for training: blocks of images, and the parts of them that micro-batches are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign.data.prompts import Prompt
+from diffalign.rollout import Trajectories
+from diffalign.sampling import Item, item_seed
+from diffalign.train.online import OLD
+
+
+@dataclass(frozen=True)
+class Block:
+    """B images that were sampled together, or those of them that are kept, and all that training on them needs."""
+
+    items: list[Item]
+    paths: Trajectories
+    advantages: Tensor
+    """(B,)"""
+    rewards: Tensor
+    """(B,) the weighted sum of the rewards."""
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """Rows of a block at one of its trained steps."""
+
+    block: Block
+    rows: slice
+    slot: int
+
+    def __len__(self) -> int:
+        return len(range(*self.rows.indices(len(self.block.items))))
+
+
+@dataclass(frozen=True)
+class Example:
+    """Images of one block that are learned from together."""
+
+    block: Block
+    rows: tuple[int, ...]
+    weight: float = 1.0
+
+
+def prompt_at(prompts: Sequence[Prompt], position: int, seed: int) -> Prompt:
+    """One of the pool's endless stream of shuffled epochs."""
+    turn, offset = divmod(position, len(prompts))
+    g = torch.Generator().manual_seed(item_seed(seed, "prompts", turn))
+    return prompts[int(torch.randperm(len(prompts), generator=g)[offset])]
+
+
+def follow(weights: Any, decay: float) -> None:
+    """old <- decay old + (1 - decay) policy."""
+    if OLD not in weights.snapshots:
+        weights.take(OLD)
+    for name, p in weights.trainable().items():
+        weights.snapshots[OLD][name].lerp_(p.detach(), 1 - decay)
+
+
+def within_groups(rewards: Tensor) -> float:
+    """Mean deviation within the groups, (G, K)."""
+    return (rewards - rewards.nanmean(-1, keepdim=True)).square().nanmean(-1).sqrt().nanmean().item()
+
+
+def places(some: Sequence[Item], of: Sequence[Item]) -> list[int]:
+    """Where the items of a block stand in the plan."""
+    place = {item: i for i, item in enumerate(of)}
+    return [place[item] for item in some]
