@@ -346,10 +346,8 @@ def _compared(m: dict[str, Any]) -> list[str]:
     lines = []
     for n in names:
         d = m["difference"][n]
-        lines.append(
-            f"{n}: base {m['base'][n]:.3f}, aligned {m['aligned'][n]:.3f},"
-            f" difference {d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
-        )
+        interval = "(one prompt, no interval)" if d["low"] is None else f"[{d['low']:+.3f}, {d['high']:+.3f}]"
+        lines.append(f"{n}: base {m['base'][n]:.3f}, aligned {m['aligned'][n]:.3f}, difference {d['value']:+.3f} {interval}")
     w = m["win_rate"]
     lines.append(f"win rate: {w['value']:.3f} [{w['low']:.3f}, {w['high']:.3f}] (ties one half)")
     if "gap_closed" in m:

@@ -148,7 +148,7 @@ def _table(metrics: dict[str, Any]) -> list[dict[str, Any]]:
         return []
     out = []
     for name, d in metrics["difference"].items():
-        sure = d["low"] > 0 or d["high"] < 0
+        sure = d["low"] is not None and (d["low"] > 0 or d["high"] < 0)  # None: one prompt
         out.append({
             "name": name.replace("_", " "),
             "base": metrics["base"][name], "base_se": metrics["base"][f"{name}_se"],

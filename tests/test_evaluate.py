@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffalign.cli import _compared
 from diffalign.errors import DataError
 from diffalign.evaluation import write_samples
+from diffalign.report import _table
 from diffalign.scorers import ScoreBatch, ScoreInput
 from diffalign.scoring import ShapesScorer
 from diffalign.shapes import draw, parse_caption
@@ -47,6 +49,22 @@ def test_no_prompt_asks_for_a_relation() -> None:
     one = Evaluation(PROMPTS[:1], score_images([ShapesScorer()], PROMPTS[:1], images), images)
     assert "relation" not in one.summary()
     assert "relation" not in compare(one, one)["difference"]
+
+
+def test_the_error_of_one_prompt_is_unknown_and_not_zero() -> None:
+    right, wrong = measured(*PROMPTS), measured(PROMPTS[0], TURNED)
+    said = json.loads(json.dumps(compare(wrong, right), allow_nan=False))  # only the second prompt asks for a relation
+    assert said["aligned"]["relation_se"] is None
+    assert said["aligned"]["exact_se"] is not None
+    assert said["difference"]["relation"] == {"value": 1.0, "low": None, "high": None}
+    row = next(r for r in _table(said) if r["name"] == "relation")
+    assert (row["sign"], row["aligned_se"]) == ("open", None)
+
+    images = pictures(PROMPTS[0])
+    one = Evaluation(PROMPTS[:1], score_images([ShapesScorer()], PROMPTS[:1], images), images)
+    said = json.loads(json.dumps(compare(one, one), allow_nan=False))
+    assert (said["win_rate"]["low"], said["win_rate"]["high"]) == (0.0, 1.0)
+    assert _compared(said)[0] == "exact: base 1.000, aligned 1.000, difference +0.000 (one prompt, no interval)"
 
 
 def test_what_is_not_asked_is_null_on_disk(tmp_path: Path) -> None:

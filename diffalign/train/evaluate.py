@@ -34,14 +34,14 @@ class Evaluation:
         """The value that comparisons are about: ``score``, or the first that a scorer gave."""
         return self.values["score"] if "score" in self.values else next(iter(self.values.values()))
 
-    def summary(self) -> dict[str, float]:
-        """Mean and clustered standard error of every value, and the diversity of the images."""
-        out: dict[str, float] = {}
+    def summary(self) -> dict[str, float | None]:
+        """Mean and clustered standard error (None of one prompt) of every value, and the diversity of the images."""
+        out: dict[str, float | None] = {}
         for name, value in {"score": self.score, **self.values}.items():
             if not len(value := _asked(value)):
                 continue
             e = stats.clustered_mean(value)
-            out |= {name: e.value, f"{name}_se": e.se}
+            out |= {name: e.value, f"{name}_se": e.se if len(value) > 1 else None}
         if self.images.shape[1] > 1:
             out["diversity"] = stats.diversity(self.images.double() / 255)
         return out
@@ -102,13 +102,14 @@ def compare(base: Evaluation, aligned: Evaluation, ceiling: Evaluation | None = 
         if not len(change := _asked(value - base.values[name])):
             continue
         e = stats.bootstrap_mean(change.mean(1)[None])
-        out["difference"][name] = {"value": e.value, "low": e.low, "high": e.high}
+        low, high = (e.low, e.high) if len(change) > 1 else (None, None)  # resampling one prompt would say +-0
+        out["difference"][name] = {"value": e.value, "low": low, "high": high}
     win = stats.win_rate(aligned.score, base.score)
     out["win_rate"] = {"value": win.value, "low": win.low, "high": win.high}
     if ceiling is not None and "exact" in ceiling.values:
         out["ceiling"] = ceiling.summary()
-        top, low, high = (x["exact"] for x in (out["ceiling"], out["base"], out["aligned"]))
-        out["gap_closed"] = (high - low) / (top - low) if top != low else 0.0
+        top, start, end = (x["exact"] for x in (out["ceiling"], out["base"], out["aligned"]))
+        out["gap_closed"] = (end - start) / (top - start) if top != start else 0.0
     out["prompts"], out["images_per_prompt"] = len(base.prompts), base.images.shape[1]
     return out
 
