@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -115,9 +116,12 @@ def import_pairs(config: ImportConfig, rank: int = 0, world: int = 1) -> Importe
         return shard % world == rank and not shard_path(out, "pairs", shard).exists()
 
     found = source_chunks(config, layout, wanted)
-    fix_plan(out, "pairs", plan)  # once the source is there
+    first = next(found, None)
+    if first is not None and first[1] and config.format != "folders":  # which tells of each name
+        layout.check(first[1], config.path, () if config.pictures else layout.pictures)
+    fix_plan(out, "pairs", plan)  # once the source can be read: a mistake leaves nothing behind
     with tqdm(desc="import", unit="row", dynamic_ncols=True) as bar:
-        for shard, rows in found:
+        for shard, rows in chain([] if first is None else [first], found):
             seen = shard + 1
             if rows is None or not wanted(shard):
                 continue
@@ -246,7 +250,7 @@ class Importer:
             a, b = (self._take(side, text, images, one.category) for side, text in sides)
             if why := next((str(t) for t in (images[a], images[b]) if isinstance(t, str)), None):
                 dropped[why] += 1
-            elif a == b:
+            elif a == b and captions[0] == captions[1]:
                 dropped["the same picture twice"] += 1
             else:
                 found.append((one, a, b))

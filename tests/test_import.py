@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -328,6 +329,49 @@ def test_open_image_preferences_and_trl_columns(tmp_path: Path) -> None:
     assert pairs(tmp_path / "csv") == [("p", "w.jpg", "l.jpg", 0.8)]
     assert done.dropped == {"a picture lies outside of image_root, or is a URL": 1}
     assert done.agrees == 1
+
+
+def test_a_loser_keeps_its_own_caption(tmp_path: Path) -> None:
+    pictures(tmp_path, "w.jpg", "l.jpg")
+    rows = [
+        {"prompt": "a dog", "chosen": "w.jpg", "rejected": "l.jpg", "rejected_prompt": "a cat"},
+        {"prompt": "a cat", "chosen": "w.jpg", "rejected": "l.jpg", "rejected_prompt": "a dog", "p_win": 0.2},
+        {"prompt": "a dog", "chosen": "w.jpg", "rejected": "w.jpg", "rejected_prompt": "a cat"},
+        {"prompt": "a dog", "chosen": "w.jpg", "rejected": "w.jpg", "rejected_prompt": " a dog "},
+        {"prompt": "a dog", "chosen": "l.jpg", "rejected": "w.jpg", "rejected_prompt": None},
+    ]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    done = run(tmp_path / "t.jsonl", "trl", tmp_path / "out")
+    assert done.dropped == {"the same picture twice": 1}
+    names = ["prompt", "rejected_prompt", "chosen_id", "rejected_id"]
+    assert [tuple(r.values()) for r in read_table(tmp_path / "out", "pairs", names).to_pylist()] == [
+        ("a dog", "a cat", "w.jpg", "l.jpg"), ("a dog", "a cat", "l.jpg", "w.jpg"), ("a dog", "a cat", "w.jpg", "w.jpg"),
+        ("a dog", None, "l.jpg", "w.jpg"),
+    ]  # fmt: skip
+    (tmp_path / "no.txt").write_text("A cat.\n")
+    with pytest.raises(DataError, match="evaluated on"):
+        run(tmp_path / "t.jsonl", "trl", tmp_path / "barred", exclude=[str(tmp_path / "no.txt")])
+
+
+@pytest.mark.parametrize(
+    ("layout", "text", "said"),
+    [
+        ("trl", "prompt,winner,loser\np,w.jpg,l.jpg\n", "no column 'chosen'; found prompt, winner, loser"),
+        ("trl", "prompt;chosen;rejected\np;w.jpg;l.jpg\n", "no column 'prompt' or 'caption'; found prompt;chosen;rejected"),
+        ("pickapic", "caption,label_0\np,1\n", "no column 'label_1'"),
+    ],
+)
+def test_a_table_of_other_columns_is_refused_and_leaves_nothing(tmp_path: Path, layout: str, text: str, said: str) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(DataError, match=re.escape(f"{tmp_path / 't.csv'}: {said}")):
+        run(tmp_path / "t.csv", layout, tmp_path / "out")
+    (tmp_path / "t.jsonl").write_text('{"prompt": \n')
+    with pytest.raises(DataError, match="not JSON"):
+        run(tmp_path / "t.jsonl", "trl", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    pictures(tmp_path, "w.jpg", "l.jpg")
+    (tmp_path / "t.csv").write_text("prompt,chosen,rejected\np,w.jpg,l.jpg\n")
+    assert run(tmp_path / "t.csv", "trl", tmp_path / "out").pairs == 1
 
 
 def test_plain_folders(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from itertools import combinations
 from pathlib import PurePosixPath
 from typing import Any
 
+from diffalign.errors import DataError
+
 Row = Mapping[str, Any]
 
 
@@ -72,6 +74,22 @@ class Layout:
     gather: str | None = None
     """Rows with the same value here are read together, as ``{"rows": [...]}``."""
     licence: str | None = None
+    needs: tuple[tuple[str, ...], ...] = ()
+    """Columns without which no row says anything; of each tuple one."""
+
+    def check(self, rows: Sequence[Row], where: str, skip: Sequence[str] = ()) -> None:
+        """Look at the first rows of a source.
+
+        Raises:
+            DataError: none of them has a column that is needed.
+        """
+        there = list(dict.fromkeys(str(name) for row in rows for name in row))
+        for names in self.needs:
+            if rows and not any(n in there or n in skip for n in names):
+                raise DataError(
+                    f"{where}: no column {' or '.join(map(repr, names))}; found {', '.join(there) or 'none that is read'}",
+                    hint="name the columns as the format does, or choose another: diffalign list formats",
+                )
 
 
 def _compare(
@@ -87,7 +105,7 @@ def _compare(
         return "no prompt"
     if not 0 <= p_first <= 1:  # also of nan
         return "no label"
-    if sides[0].id is not None and sides[0].id == sides[1].id:
+    if sides[0].id is not None and sides[0].id == sides[1].id and (captions is None or captions[0] == captions[1]):
         return "the same picture twice"
     margins = {k: v for k, v in (margins or {}).items() if math.isfinite(v)}
     if p_first < 0.5:
@@ -297,7 +315,10 @@ def _lacking(prompt: str, labels: str | None) -> list[str] | None:
 
 
 def chosen_rejected(row: Row) -> Iterator[Comparison | str]:
-    """TRL's columns: ``prompt``, ``chosen``, ``rejected``; ``p_win``, ``score_chosen`` and ``score_rejected`` if there are."""
+    """TRL's columns: ``prompt``, ``chosen``, ``rejected``; ``p_win``, ``score_chosen`` and ``score_rejected`` if there are.
+
+    With ``rejected_prompt`` the loser has a caption of its own, and may be the same picture.
+    """
     sides = []
     for side in ("chosen", "rejected"):
         image = row.get(side)
@@ -309,7 +330,13 @@ def chosen_rejected(row: Row) -> Iterator[Comparison | str]:
     gap = scores[0] - scores[1]
     second = gap > 0 if math.isfinite(gap) and gap else None
     who: dict[str, Any] = {n: _text(row.get(n)) for n in ("user", "group", "category")}
-    yield _compare(row.get("prompt") or row.get("caption"), sides, p, {"score": gap}, second=second, **who)
+    prompt, other = row.get("prompt") or row.get("caption"), row.get("rejected_prompt")
+    both = isinstance(prompt, str) and isinstance(other, str) and other.strip()
+    captions = (prompt.strip(), other.strip()) if both else None
+    yield _compare(prompt, sides, p, {"score": gap}, captions=captions, second=second, **who)
+
+
+PAIRED = (("prompt", "caption"), ("chosen",), ("rejected",))
 
 
 LAYOUTS = {
@@ -317,6 +344,7 @@ LAYOUTS = {
         pickapic, ("*.parquet",), ("jpg_0", "jpg_1"),
         ("caption", "prompt", "caption_0", "caption_1", "label_0", "label_1", "has_label", "are_different", "best_image_uid",
          "image_0_uid", "image_1_uid", "model_0", "model_1", "user_id"),
+        needs=(("caption", "prompt", "caption_0"), ("label_0",), ("label_1",), ("jpg_0",), ("jpg_1",)),
     ),
     "hpdv1": Layout(hpdv1, ("preference_train.json", "preference_*.json", "*.json"), ("file_path",), licence="cc-by-4.0"),
     "hpdv2": Layout(hpdv2, ("train.json", "*.json"), ("file_path", "image_path"), licence="apache-2.0"),
@@ -325,10 +353,12 @@ LAYOUTS = {
         imagerewarddb, ("metadata-train.parquet", "metadata*.parquet", "*.parquet"), ("image_path",), gather="prompt_id",
         licence="apache-2.0",
     ),
-    "open-image-preferences": Layout(chosen_rejected, ("*.parquet",), ("chosen", "rejected"), licence="apache-2.0"),
+    "open-image-preferences": Layout(
+        chosen_rejected, ("*.parquet",), ("chosen", "rejected"), licence="apache-2.0", needs=PAIRED
+    ),
     "rapidata": Layout(rapidata, ("*.parquet",), ("image1", "image2")),
     "richhf": Layout(richhf, ("train.tfrecord", "*.tfrecord", "*.parquet"), ("image",), gather="prompt"),
     "visionprefer": Layout(visionprefer, ("*.jsonl", "*.json"), ("images",)),
-    "trl": Layout(chosen_rejected, ("*.parquet", "*.jsonl", "*.csv", "*.json"), ("chosen", "rejected")),
+    "trl": Layout(chosen_rejected, ("*.parquet", "*.jsonl", "*.csv", "*.json"), ("chosen", "rejected"), needs=PAIRED),
 }  # fmt: skip
 """Pick-a-Pic v1 and v2, MaPO's sets and Pick-Double-Caption share ``pickapic``."""
