@@ -40,7 +40,8 @@ def show_lines(said: dict[str, Any]) -> list[str]:
     """For people."""
     out = [f"{t}/: {s['rows']} rows in {s['shards']} shards, {s['bytes'] / 1e6:.1f} MB" for t, s in said["tables"].items()]
     for p in said["pairs"]:
-        out += [f"{p['prompt']!r}", f"  {p['chosen_id']} > {p['rejected_id']}, p_win {p['p_win']}, {p['margins']}"]
+        margins = f", {p['margins']}" if p["margins"] not in (None, "", "{}") else ""
+        out += [f"{p['prompt']!r}", f"  {p['chosen_id']} > {p['rejected_id']}, p_win {p['p_win']}{margins}"]
         out += [f"  the loser's caption: {p['rejected_prompt']!r}"] if p["rejected_prompt"] else []
     return out
 

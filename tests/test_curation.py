@@ -24,7 +24,7 @@ from diffalign.data.prompts import normalised
 from diffalign.data.tables import read_table, shards_of, write_shard
 from diffalign.errors import ConfigError, DataError
 from diffalign.excluding import shapes_captions
-from diffalign.inspection import agreement, show_dataset, stats_of, validate_dataset
+from diffalign.inspection import agreement, show_dataset, show_lines, stats_of, validate_dataset
 from diffalign.profiles import write_profiles
 from diffalign.shapes.scene import sample_prompts
 from tests.conftest import picture
@@ -63,10 +63,20 @@ def rows(folder: Path, table: str = "pairs") -> list[dict[str, Any]]:
 # --- show, stats, validate --------------------------------------------------------------------------------------------
 
 
+def test_scored_images_without_pairs_say_what_is_missing(tmp_path: Path) -> None:
+    write_shard(tmp_path / "gen", "images", 0, [image("a", 0)])
+    with pytest.raises(DataError, match="a dataset folder without pairs/") as e:
+        read_pairs(tmp_path / "gen")
+    assert "diffalign pairs" in str(e.value.hint)
+
+
 def test_show_and_stats_count(folder: Path, tmp_path: Path) -> None:
     said = show_dataset(folder, 1)
     assert {t: (s["rows"], s["shards"]) for t, s in said["tables"].items()} == {"images": (24, 8), "pairs": (12, 4)}
     assert said["pairs"][0]["chosen_id"] == "a0"
+    assert show_lines(said)[3] == '  a0 > b0, p_win 1.0, {"reward": 2.0}'
+    bare = make(tmp_path / "bare", [image("a", 0), image("b", 1)], [pair("a", "b", margins="{}")])
+    assert show_lines(show_dataset(bare, 1))[3] == "  a > b, p_win 1.0"
     stats = stats_of(folder)
     assert (stats["pairs"], stats["prompts"], stats["images"], stats["ties"], stats["users"]) == (12, 6, 24, 1, 3)
     assert stats["wins"] == {"a": {"comparisons": 12, "won": 11.5 / 12}, "b": {"comparisons": 12, "won": 0.5 / 12}}

@@ -126,6 +126,8 @@ def read_pairs(source: str | Path, limit: int | None = None) -> list[Pair]:
     path = Path(source)
     if (path / "pairs").is_dir():
         pairs = _own(path)
+    elif any((path / "images").glob("*.parquet")):
+        raise DataError(f"{path}: a dataset folder without pairs/", hint="`diffalign score` and `diffalign pairs` make them")
     elif path.exists() or path.suffix in (".parquet", ".csv", ".jsonl"):
         pairs = _table(table_rows(path), path.parent if path.is_file() else path, str(path))
     else:
