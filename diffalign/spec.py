@@ -137,7 +137,7 @@ class Choice:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats (``1e-5`` is one) and no key twice."""
+    """YAML 1.2's floats (``1e-5`` is one) and booleans (``no`` is none), and no key twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -152,6 +152,13 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$"), list("-+0123456789.")
 )
+# Of YAML 1.1's booleans only 1.2's: no and on are words here. Where a switch is asked for, pydantic reads them as one.
+_BOOL = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag != _BOOL]
+    for first, found in _Loader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
 def parse_yaml(text: str, where: str) -> Any:

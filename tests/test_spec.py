@@ -109,6 +109,18 @@ def test_another_type_drops_the_keys_of_the_old_one() -> None:
     assert all(validate(TrainConfig, with_overrides(MINIMAL, o)).objective == (MaPO(beta=0.5),) for o in either_order)
 
 
+def test_no_and_on_are_words_unless_a_switch_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(
+        "objective: {type: sigmoid, beta: 10}\noutput_dir: on\ntrain: {mixed_precision: no}\nevaluate: {enabled: no}\n"
+    )
+    config = load_config(TrainConfig, tmp_path / "c.yaml", ["data.buckets=yes"])
+    assert (config.output_dir, config.train.mixed_precision, config.evaluate.enabled) == ("on", "no", False)
+    assert config.data.buckets is True
+    assert (
+        load_config(TrainConfig, tmp_path / "c.yaml", ["evaluate.enabled=true", "data.buckets=False"]).evaluate.enabled is True
+    )
+
+
 def test_yaml_floats_and_duplicate_keys(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("a: 1e-5\nb: 5E3\nc: 1.5e-3\nd: e5\n")

@@ -331,8 +331,9 @@ def chosen_rejected(row: Row) -> Iterator[Comparison | str]:
     second = gap > 0 if math.isfinite(gap) and gap else None
     who: dict[str, Any] = {n: _text(row.get(n)) for n in ("user", "group", "category")}
     prompt, other = row.get("prompt") or row.get("caption"), row.get("rejected_prompt")
-    both = isinstance(prompt, str) and isinstance(other, str) and other.strip()
-    captions = (prompt.strip(), other.strip()) if both else None
+    captions = None
+    if isinstance(prompt, str) and isinstance(other, str) and other.strip():
+        captions = (prompt.strip(), other.strip())
     yield _compare(prompt, sides, p, {"score": gap}, captions=captions, second=second, **who)
 
 
