@@ -605,6 +605,8 @@ def test_the_estimate_is_near_what_a_card_takes(overrides: list[str]) -> None:
 
 # --- shipped configurations -----------------------------------------------------------------------------------------
 
+SMALL_ROLLOUTS = ["online.prompts_per_rollout=2", "online.group_size=2"]
+SMALL_ROLLOUTS += ["online.rollout.batch_size=4", "online.rollout.num_inference_steps=2"]
 OF_HUB_ID = dict(zip(KNOWN, ["sd", "sdxl", "sd3", "flux-dev"], strict=True))
 
 
@@ -613,7 +615,8 @@ def test_every_shipped_configuration_trains_two_steps(name: str, folder_of: Any,
     """On a tiny model of its family; what needs a library or a device that is not here is switched off."""
     config = load(TrainConfig, shipped_configs()[name])
     given = [o for o in overrides if config.evaluate.enabled or not o.startswith("evaluate.")]
-    given = [o for o in given if config.direct is None or not o.startswith("data.")]
+    samples = config.direct is not None or config.online is not None
+    given = [o for o in given if not (samples and o.startswith("data."))]
     given += ["evaluate.prompts=shapes:test", "evaluate.scorers=[shapes]", "train.gradient_accumulation_steps=1"]
     if config.model.path in OF_HUB_ID:
         family = OF_HUB_ID[config.model.path]
@@ -621,6 +624,7 @@ def test_every_shipped_configuration_trains_two_steps(name: str, folder_of: Any,
         given += ["model.max_sequence_length=16"] if family in T5 else []
     given += ["model.quantization=none", "train.optimizer=adamw", "train.per_device_train_batch_size=1"]
     given += SMALL_ROUNDS if config.rounds is not None else []
+    given += SMALL_ROLLOUTS if config.online is not None else []
     steps = train(load(TrainConfig, shipped_configs()[name], given)).metrics["steps"]
     assert steps == 2 * (config.rounds.count if config.rounds is not None else 1)
 
