@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from conftest import SMALL_ROUNDS, FakeHub, picture
+from conftest import SMALL_ROLLOUTS, SMALL_ROUNDS, FakeHub, picture
 
 from diffalign.cells import ScoreConfig, score
 from diffalign.cli import main
@@ -113,9 +113,10 @@ def test_command(
     monkeypatch.syspath_prepend(str(tmp_path))
     given = {w.partition("=")[0] for w in words}
     if words[0] == "train":
-        own = "direct" in load_yaml(words[1])  # samples, so it takes no data
+        own = {"direct", "online"} & load_yaml(words[1]).keys()  # samples, so it takes no data
         words += [o for o in overrides if o.partition("=")[0] not in given and not (own and o.startswith("data."))]
         words += SMALL_ROUNDS if "rounds" in words[1] else []
+        words += [*SMALL_ROLLOUTS, "train.per_device_train_batch_size=2"] if "online" in own else []
     if words[0] == "estimate":
         words += [f"model.path={tiny}"]
     if words[0] == "generate":

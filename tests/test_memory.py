@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import SMALL_ROUNDS
+from conftest import SMALL_ROLLOUTS, SMALL_ROUNDS
 from PIL import Image
 from tiny_families import FAMILIES
 from torch import nn
@@ -605,8 +605,6 @@ def test_the_estimate_is_near_what_a_card_takes(overrides: list[str]) -> None:
 
 # --- shipped configurations -----------------------------------------------------------------------------------------
 
-SMALL_ROLLOUTS = ["online.prompts_per_rollout=2", "online.group_size=2"]
-SMALL_ROLLOUTS += ["online.rollout.batch_size=4", "online.rollout.num_inference_steps=2"]
 OF_HUB_ID = dict(zip(KNOWN, ["sd", "sdxl", "sd3", "flux-dev"], strict=True))
 
 
