@@ -86,6 +86,14 @@ def test_all_shapes_have_equal_area_and_their_centroid_at_the_centre() -> None:
         assert (a.sum(1) * grid).sum() / a.sum() == pytest.approx(16.7, abs=0.05)
 
 
+def test_what_is_absent_covers_nothing() -> None:
+    """Beside a shape that is there, with no leftovers of other memory in its place."""
+    cx, cy, r = (np.full(2, v, np.float32) for v in (16, 16, 6))
+    a = coverage(np.array([-1, 0]), cx, cy, r, 32)
+    assert (a[0] == 0).all()
+    assert a[1].sum() == pytest.approx(np.pi * 36, rel=0.02)
+
+
 def test_layouts_keep_to_the_canvas_and_to_the_relation() -> None:
     scenes = sample_scenes(400, "train", np.random.default_rng(1))
     layout = sample_layout(scenes, np.random.default_rng(2))

@@ -45,7 +45,7 @@ def signed_distance(shape: NDArray[np.int64], x: F, y: F, r: F) -> F:
         lambda: (ax + ay - 1.2533 * r) * np.float32(np.sqrt(0.5)),
         lambda: np.minimum(np.maximum(ax - arm, ay - half), np.maximum(ax - half, ay - arm)),
     )
-    out = np.empty(np.broadcast_shapes(shape.shape, x.shape, r.shape), np.float32)
+    out = np.full(np.broadcast_shapes(shape.shape, x.shape, r.shape), np.inf, np.float32)  # no shape is nowhere near
     for k in range(len(SHAPES)):
         out = np.where(shape == k, choices[k](), out) if (shape == k).any() else out
     return out
