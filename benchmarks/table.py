@@ -26,7 +26,8 @@ learning rate or rank for large models.
 {prompts} test prompts x {per_prompt} seeds, paired with the base at the same seeds; intervals are a bootstrap over prompts \
 crossed with training seeds. Settings were chosen on the select split; `trials` counts how many were tried. Drift: how much \
 the denoising error on held-out winners and losers rose. Passes: forwards of one image through the denoiser, a backward \
-counted twice, policy and reference. Printed by `python benchmarks/leaderboard.py table`."""
+counted twice, policy and reference, and of `online-` rows the sampling while they train; that of stored pairs is not in it. \
+Printed by `python benchmarks/leaderboard.py table`."""
 
 
 def table(results: Path, rows: Mapping[str, str], seeds: Mapping[str, Sequence[int | None]]) -> str:
