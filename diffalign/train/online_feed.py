@@ -138,7 +138,8 @@ class OnlineFeed:
         """The items of this process's blocks: block n of all goes to process n mod world."""
         n, k = self.spec.prompts_per_rollout, self.spec.group_size
         turn = [(epoch * n + g) // len(self.prompts) for g in range(n)]  # in which a prompt comes once
-        items = [Item(self._prompt(epoch * n + g), turn[g] * k + j) for g in range(n) for j in range(k)]
+        prompts = [self._prompt(epoch * n + g) for g in range(n)]
+        items = [Item(prompts[g], turn[g] * k + j) for g in range(n) for j in range(k)]
         size = self.spec.rollout.batch_size
         return [items[i : i + size] for i in range(self.rank * size, len(items), self.world * size)]
 
