@@ -17,6 +17,8 @@ from diffalign.data.tables import conform, fingerprint, run_shards, schemas, sha
 from diffalign.errors import ConfigError, DataError
 from diffalign.seeds import uniform_of
 
+MAPS = ("kind", "region", "segments")
+"""Columns that training reads of a table of one's own, and that dataset folders do not keep."""
 Rewrite = Callable[[str, int, Any], Any]
 """(table, source, rows) -> rows."""
 
@@ -32,7 +34,7 @@ def rewrite(
     """Every shard of every source through ``change``, as a shard of ``out``; returns rows by table.
 
     Raises:
-        DataError: ``out`` is one of the sources or holds something else, or a shard cannot be read.
+        DataError: ``out`` is one of the sources or holds something else, a shard cannot be read, or a column would be lost.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -49,6 +51,8 @@ def rewrite(
             n, file = found[i]
             try:
                 there = pq.ParquetFile(file)
+                if lost := [c for c in MAPS if c in there.schema_arrow.names]:
+                    raise DataError(f"{file}: its column {lost[0]} would be lost", hint="train on it as it is, or drop that")
                 columns = [c for c in there.schema_arrow.names if pictures or c != "image"]
                 return change(table, n, conform(there.read(columns=columns), table))
             except (pa.ArrowException, OSError) as e:

@@ -101,7 +101,7 @@ def import_pairs(config: ImportConfig, rank: int = 0, world: int = 1) -> Importe
 
     Raises:
         DataError: the source cannot be read, a prompt is evaluated on and that is refused, the folder holds another import,
-            or the labels point the wrong way.
+            nothing is left, or the labels point the wrong way.
     """
     from tqdm import tqdm
 
@@ -137,6 +137,10 @@ def import_pairs(config: ImportConfig, rank: int = 0, world: int = 1) -> Importe
         total.dropped.update(notes.pop("dropped"))
         for name, count in notes.items():
             setattr(total, name, getattr(total, name) + count)
+    if total.finished and total.dropped and not total.pairs + total.rated:
+        said = ", ".join(f"{n} {why}" for why, n in total.dropped.most_common())
+        remedy = "mend that, and import into another folder"
+        raise DataError(f"{config.path}: nothing is left of {total.rows} rows: {said}", hint=remedy)
     if total.finished and total.disagrees > total.agrees:
         raise DataError(
             f"{config.path}: another column disagrees with {total.disagrees} of {total.disagrees + total.agrees} labels",

@@ -29,7 +29,6 @@ class ShapesScorer:
     name = "shapes"
     summary = ("score", "exact", "cleanliness")
     kinds = ("colour", "shape", "count", "relation", "background")
-    gives = (*summary, *kinds)
 
     def __call__(self, batch: Any) -> Any:
         import torch

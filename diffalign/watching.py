@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from diffalign.models import Model
     from diffalign.recipes import TrainConfig
     from diffalign.scorers import Scorer
+    from diffalign.train.rewards import RewardSpec
 
 SEVERAL = ("geneval",)
 """Scorers of the list that give more than a value of their own name."""
@@ -57,8 +58,16 @@ def values_of(scorer: str) -> set[str] | None:
     return {kind} if kind in SCORERS and kind not in SEVERAL else None
 
 
+def given_by(scorers: Sequence[str]) -> set[str] | None:
+    """The values that scorers give together; None if one of them has to be asked."""
+    found = [values_of(scorer) for scorer in scorers]
+    return None if None in found else set().union(*(values for values in found if values is not None))
+
+
 def consistent(c: TrainConfig) -> None:
-    """Refuse limits and a best checkpoint by values that there are not, or that training itself pushes up."""
+    """Refuse rewards, limits and a best checkpoint by values that there are not, or that training itself pushes up."""
+    if c.online is not None:
+        _check_rewards(c.online.reward)
     best = c.train.metric_for_best
     if best.startswith(PREFIX) and c.watch is None:
         raise ValueError(f"train.metric_for_best is {best}, but nothing is watched: add the section watch")
@@ -74,9 +83,21 @@ def consistent(c: TrainConfig) -> None:
         )
     if c.watch is None:
         return
-    scored = [values_of(scorer) for scorer in c.watch.scorers]
-    if None not in scored:
-        _check_names(c, set().union(*(s for s in scored if s is not None)), _rewarded(c) is not None)
+    if (scored := given_by(c.watch.scorers)) is not None:
+        _check_names(c, scored, _rewarded(c) is not None)
+
+
+def _check_rewards(reward: RewardSpec) -> None:
+    """Refuse names that none of the scorers gives."""
+    given = given_by(reward.scorers)
+    if given is None:
+        return
+    wanted = [("weights", name) for name in reward.weights]
+    wanted += [("confidence", reward.confidence)] if reward.confidence is not None else []
+    for key, name in wanted:
+        if name not in given:
+            near = f"{did_you_mean(name, given)}; given: {', '.join(sorted(given))}"
+            raise ValueError(f"online.reward.{key}: no scorer gives {name!r}{near}")
 
 
 def _rewarded(c: TrainConfig) -> str | None:

@@ -35,10 +35,10 @@ def open_stock(folder: Path) -> Any:
 
 def stock_images(pipe: Any, latents: torch.Tensor, guidance: float, negative: Any = None) -> torch.Tensor:
     """Three steps of the stock pipeline for PROMPTS, uint8."""
-    more: dict[str, Any] = {"guidance_scale": guidance}
+    height, width = (side * pipe.vae_scale_factor for side in latents.shape[-2:])
+    more: dict[str, Any] = {"guidance_scale": guidance, "height": height, "width": width}
     kind = type(pipe).__name__
     if kind == "FluxPipeline":
-        more |= {"height": 32, "width": 32}
         if not pipe.transformer.config.guidance_embeds and guidance > 1:
             more |= {"true_cfg_scale": guidance, "negative_prompt": ""}
         latents = pipe._pack_latents(latents, *latents.shape)

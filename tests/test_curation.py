@@ -268,6 +268,14 @@ def test_merge_keeps_pictures_apart_and_pairs_once(folder: Path, tmp_path: Path)
         merge_datasets([folder, other], folder)
 
 
+def test_what_a_folder_cannot_keep_is_not_lost_unsaid(folder: Path, tmp_path: Path) -> None:
+    shard = shards_of(folder, "pairs")[0]
+    there = pq.read_table(shard)
+    pq.write_table(there.append_column("segments", [["[]"] * len(there)]), shard)
+    with pytest.raises(DataError, match=f"{shard.name}: its column segments would be lost"):
+        merge_datasets([folder], tmp_path / "m")
+
+
 def test_an_unfinished_merge_is_made_again(folder: Path, tmp_path: Path) -> None:
     other = make(tmp_path / "e", [image("a0", 777), image("b0", 1)], [pair("a0", "b0")])
     whole = merge_datasets([folder, other, folder], tmp_path / "whole")

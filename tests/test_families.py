@@ -113,6 +113,27 @@ def test_trained_weights_give_the_same_images_in_the_stock_pipeline(load: Any, t
 
 
 @every_family
+def test_another_resolution_gives_the_stock_pipelines_images_of_that_size(load: Any, stock: Any, name: str) -> None:
+    model, native = load(name, lora=None, resolution=(16, 32)), load(name, lora=None)
+    assert model.resolution == (16, 32) != native.resolution
+    ours = our_images(model, 2.5)
+    assert ours.shape[-2:] == (16, 32)
+    same(ours, stock_images(stock(name), our_latents(model), 2.5), 2.5)
+    assert load(name, lora=None, resolution=16).resolution == (16, 16)
+    if model.encode_prompts(["a"]).frame is not None:  # it is told of the size, so what it reads may not be kept for both
+        assert model.fingerprint() != native.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("name", "resolution", "says"),
+    [("sdxl", 18, "18 pixels.*multiple of 4 .such as 16"), ("sd3", (16, 20), "20 pixels.*of 8"), ("sd3", 4096, "beyond 64")],
+)
+def test_a_resolution_that_the_model_cannot_make_is_refused(load: Any, name: str, resolution: Any, says: str) -> None:
+    with pytest.raises(ModelError, match=says):
+        load(name, resolution=resolution)
+
+
+@every_family
 def test_latents_are_the_stock_vaes(load: Any, stock: Any, name: str) -> None:
     """Decoding what was encoded is the VAE's own round trip, whatever the shift and scale between."""
     model, vae = load(name), stock(name).vae

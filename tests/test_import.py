@@ -374,6 +374,12 @@ def test_a_table_of_other_columns_is_refused_and_leaves_nothing(tmp_path: Path, 
     assert run(tmp_path / "t.csv", "trl", tmp_path / "out").pairs == 1
 
 
+def test_an_import_of_which_nothing_is_left_fails(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("prompt,chosen,rejected\np,w.jpg,l.jpg\np,w.jpg,\n")
+    with pytest.raises(DataError, match="nothing is left of 2 rows: 2 a picture is missing"):
+        run(tmp_path / "t.csv", "trl", tmp_path / "out")
+
+
 def test_plain_folders(tmp_path: Path) -> None:
     pictures(tmp_path / "d", "chosen/a.jpg", "rejected/a.jpeg", "chosen/b.jpg", "chosen/c.jpg", "rejected/c.jpg")
     (tmp_path / "d" / "a.txt").write_text("prompt a\n")

@@ -698,6 +698,15 @@ def test_what_cannot_work_is_refused_with_the_remedy(case: str, tiny: Path, tmp_
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.parametrize("key", ["weights", "confidence"])
+def test_a_value_that_no_scorer_gives_is_refused_when_the_file_is_read(key: str, tiny: Path, tmp_path: Path) -> None:
+    reward = {"scorers": ["shapes", "taste:size"], "weights": {"taste_size": 1.0}} | {
+        key: {"exakt": 1.0} if key == "weights" else "exakt"
+    }
+    with pytest.raises(ConfigError, match=rf"online\.reward\.{key}: no scorer gives 'exakt', did you mean 'exact'"):
+        validate(TrainConfig, small(tiny, tmp_path / "run", online=online(reward=reward).model_dump()))
+
+
 def test_a_clip_range_under_the_noise_is_refused_before_training(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,7 +77,7 @@ def two_steps(name: str, model: Path, tables: dict[str, str], out: Path) -> dict
     plan = load(TrainConfig, path)
     small = ["train.max_steps=2", "train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=1"]
     small += ["train.warmup_steps=0"]
-    more = ["train.logging_steps=1", "model.gradient_checkpointing=false"]
+    more = ["train.logging_steps=1", "model.gradient_checkpointing=false", "model.resolution=null"]
     if plan.direct is None:
         more += [f"data.path={tables[plan.total.data]}", "data.resolution=null"]
     else:  # the shipped CLIP in the place of the published ones

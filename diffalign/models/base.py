@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, Literal, Protocol, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -99,6 +99,9 @@ class ModelSpec(Spec):
     """Of what is frozen. What is trained stays fp32, adapter or all weights; so does the VAE, which may overflow in fp16."""
     quantization: Literal["none", "int8", "int4"] = "none"
     """Of the frozen network under an adapter: int8 by torchao (weights only), int4 by bitsandbytes (nf4)."""
+    resolution: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
+    """A side or (height, width) in pixels of what it samples, and of training data without a size of their own; what it was
+    made for if not given."""
     attention: str | None = None
     """A backend of diffusers' attention (native, xformers, flash ...); PyTorch's own choice if not given."""
     long_prompts: Literal["truncate", "chunk"] = "truncate"
@@ -130,7 +133,7 @@ class Model(Protocol):
     """The stock scheduler that the model is sampled with."""
     latent_shape: tuple[int, int, int]
     resolution: tuple[int, int]
-    """Native (height, width) in pixels."""
+    """(height, width) in pixels of what it samples: native, or as its spec says."""
     granularity: int
     """Sides of training pictures that are not native are multiples of this many pixels."""
     takes_negative: bool

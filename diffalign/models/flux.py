@@ -30,6 +30,9 @@ class Flux(FlowMatching):
         self.distilled = self.net.config.guidance_embeds
         self.takes_negative = not self.distilled
 
+    def _patch(self) -> int:
+        return 2  # by the pipeline, before the network, whose own is 1
+
     def _latent_shape(self) -> tuple[int, int, int]:
         side = self.pipeline.vae.config.sample_size // self.pipeline.vae_scale_factor
         return self.net.config.in_channels // self.patch**2, side, side

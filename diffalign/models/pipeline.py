@@ -76,9 +76,13 @@ class PipelineModel:
         if spec.gradient_checkpointing:  # of use where a reward is differentiated through the decoder
             pipeline.vae.enable_gradient_checkpointing()
         self._device = next(pipeline.vae.parameters()).device
-        self.latent_shape = self._latent_shape()
+        self.patch = self._patch()
+        channels, height, width = self._latent_shape()
+        if spec.resolution is not None:
+            height, width = self._latent_sides(spec.resolution)
+        self.latent_shape = (channels, height, width)
         factor = pipeline.vae_scale_factor
-        self.resolution = (self.latent_shape[1] * factor, self.latent_shape[2] * factor)
+        self.resolution = (height * factor, width * factor)
         if spec.attention is not None:
             set_attention(self.net, spec.attention)
         for name in self.trained[1:]:
@@ -118,12 +122,31 @@ class PipelineModel:
         height, width = (size, size) if isinstance(size, int) else size
         return self.net.config.in_channels, height, width
 
+    def _patch(self) -> int:
+        """Side of the square of latents that is one image token."""
+        return self.net.config.get("patch_size", 1)
+
     def _encode(self, texts: list[str]) -> Cond:
         raise NotImplementedError
 
     def _forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The network's prediction for (B, C, H, W), in its own dtype."""
         raise NotImplementedError
+
+    def _latent_sides(self, asked: int | tuple[int, int]) -> tuple[int, int]:
+        """(H, W) of the latents of pictures of this side, or (height, width), in pixels."""
+        factor, most = self.pipeline.vae_scale_factor, self.net.config.get("pos_embed_max_size")
+        unit = factor * self.patch
+        sides = (asked, asked) if isinstance(asked, int) else asked
+        for side in sides:
+            if side % unit:
+                near = max(round(side / unit), 1) * unit
+                raise ModelError(f"model.resolution: {side} pixels are not a multiple of {unit}", hint=f"such as {near}")
+            if most is not None and side > most * unit:
+                raise ModelError(
+                    f"model.resolution: {self.path} knows no places beyond {most * unit} pixels", hint="choose less"
+                )
+        return sides[0] // factor, sides[1] // factor
 
     # --- shared ------------------------------------------------------------------------------------------------------
 
@@ -238,7 +261,8 @@ class PipelineModel:
         """Of the parts whose outputs are cached, and the settings that they depend on."""
         if not self._fingerprint:
             setting = self.text_length if self.text_setting == "max_sequence_length" else self.spec.long_prompts
-            self._fingerprint = fingerprint(self._frozen(), (type(self.pipeline).__name__, setting))
+            size = () if self.spec.resolution is None else self.resolution  # which some encodings carry
+            self._fingerprint = fingerprint(self._frozen(), (type(self.pipeline).__name__, setting, *size))
         return self._fingerprint
 
     def export(self, folder: Path, format: Format = "diffusers", about: Mapping[str, str] = NOTHING) -> Path:
@@ -393,8 +417,6 @@ class FlowMatching(PipelineModel):
 
     kinds = ("flow",)
     kind = "flow"
-    patch: ClassVar[int] = 2
-    """Side of the square of latents that is one image token."""
 
     def __init__(self, pipeline: Any, spec: ModelSpec) -> None:
         super().__init__(pipeline, spec)

@@ -82,7 +82,7 @@ class Combined:
         wanted = "gate:SCORER|SCORER|NUMBER" if kind == "gate" else f"{kind}:SCORER|SCORER, or more"
         if len(members) < 2 or (kind == "gate") != (blocked is not None) or (kind == "gate" and len(members) > 2):
             raise ConfigError(f"the scorer {kind} joins other scorers", hint=f"write {wanted}")
-        self.name, self.members, self.version, self.gives = kind, list(members), version, COMBINED[kind]
+        self.name, self.members, self.version = kind, list(members), version
         self._joined: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = {
             "minimum": lambda values: {"minimum": minimum(values)},
             "ensemble": _together,

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffalign.data.files import atomic
 from diffalign.data.images import to_pil, to_uint8
 from diffalign.errors import ConfigError, DiffalignError
-from diffalign.scorers import Callback, Card, Reward, ScoreInput, Scorer
+from diffalign.scorers import Callback, Card, ScoreInput, Scorer
 from diffalign.scorers.base import isolated
 from diffalign.spec import Spec
 
@@ -47,7 +47,7 @@ class Rewards:
     where ``on_error`` is drop.
 
     Raises:
-        ConfigError: a weight is of a value that none of the scorers gives.
+        ConfigError: a weight is of a value that none of the callables gives.
     """
 
     def __init__(self, spec: RewardSpec, scorers: Sequence[Scorer], folder: Path) -> None:
@@ -59,14 +59,14 @@ class Rewards:
         """Pictures that were scored."""
         self.why = ""
         """What the last failure said."""
-        known = [values_of(scorer) for scorer in self.scorers]
-        if all(names is not None for names in known):
-            self._check_names([name for names in known for name in names or ()])
+        if all(isinstance(scorer, Callback) for scorer in self.scorers):  # of others the configuration was read
+            self._check_names([scorer.name for scorer in self.scorers])
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """(names, B) fp32 of pictures (B, 3, H, W), uint8 or in [0, 1].
 
         Raises:
+            ConfigError: a weight is of a value that none of the scorers gives.
             DiffalignError: a value is missing or not finite; the picture is saved under ``failed/``.
         """
         pictures = to_pil((pixels if pixels.dtype == torch.uint8 else to_uint8(pixels)).cpu())
@@ -133,16 +133,6 @@ class Rewards:
             self._check_names(list(values))
         missing = torch.full((len(batch),), torch.nan)
         return torch.stack([values.get(name, missing) for name in self.names]), errors
-
-
-def values_of(scorer: Scorer) -> list[str] | None:
-    """Names of the values that a scorer gives, where they can be told before it is asked."""
-    named: Sequence[str] | None = getattr(scorer, "gives", None)
-    if named is not None:
-        return list(named)
-    kind: Any = type(scorer)
-    alone = kind is Callback or (issubclass(kind, Reward) and kind.__call__ is Reward.__call__)
-    return [scorer.name] if alone else None
 
 
 class Contrast(Spec):
