@@ -126,6 +126,11 @@ ONCE = {
     "orpo-lora": ("ORPO, LoRA", ("objective={type: orpo}",)),
     "vrpo-lora": ("VRPO: DPO on 4 times of each pair, LoRA, a quarter of the pairs a step",
                   ("coupling={draws: 4}", "train.per_device_train_batch_size=8")),
+    "pso-lora": (
+        "PSO: a tenth of the loser, at four times of a sampler alone, LoRA",
+        ("objective={type: loser_scale, beta: 2000, kappa: 1, alpha: 0.1}",
+         "timesteps={type: steps, times: [0.249, 0.499, 0.749, 0.999]}"),
+    ),
     "spin-lora": (
         "SPIN: the winners against the last round's own images, LoRA, three rounds of 133 steps",
         ("objective={type: spin, beta: 2000}", "train.max_steps=133",
@@ -135,6 +140,10 @@ ONCE = {
 }  # fmt: skip
 """Presets whose mathematics the tests verify, one run each."""
 ROWS |= {name: Row(what, overrides, seeds=(0,)) for name, (what, overrides) in ONCE.items()}
+ROWS["best-of-ten-lora"] = Row(
+    "UnifiedReward's pairs: Diffusion-DPO, LoRA, on the best and worst of ten, as many images in all",
+    pairs={"images_per_prompt": 10, "num_prompts": 960}, seeds=(0,),
+)  # fmt: skip
 ROWS["nca-lora"] = Row(
     "NCA on the same groups, LoRA", ("objective={type: nca, beta: 500, alpha: 0.1}", *LISTS), GROUPS, seeds=(0,)
 )
