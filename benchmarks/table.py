@@ -115,7 +115,8 @@ def table(results: Path, found: Sequence[Entry]) -> str:
 
 def versus(named: Mapping[str, Entry]) -> str:
     """Trained rows against each other, p by Holm's correction over all of them; empty where nothing can be compared."""
-    wanted = [(e.name, other) for e in named.values() for other in AGAINST if e.trained and e.name != other] + VERSUS
+    wanted = [(e.name, other) for e in named.values() for other in AGAINST if e.trained and e.name != other]
+    wanted = [w for w in wanted if w != AGAINST] + VERSUS  # which is there the other way round
     both = [(a, b) for a, b in wanted if a in named and b in named and named[b].gain.shape[0] in (1, named[a].gain.shape[0])]
     by = [stats.bootstrap_mean(named[a].gain - named[b].gain) for a, b in both]
     sure = stats.holm([2 * NormalDist().cdf(-abs(e.value) / e.se) for e in by])
