@@ -167,14 +167,14 @@ DIT_ROWS = {name: ROWS[name] for name in ("dpo-lora", "dpo-shuffled", "mapo-lora
         "Linear-DPO, LoRA", ("objective={type: linear, beta: 50, kappa: 1}", "reference={type: ema, decay: 0.99}")
     ),
     "rdp-lora": Row("RDP, LoRA", ("objective={type: rdp, beta: 100}", "data.standardize_scores=true")),
-    "infonca-lora": Row(ROWS["infonca-lora"].what, ("objective={type: infonca, beta: 100, alpha: 0.1}", *LISTS), GROUPS),
+    "infonca-lora": Row(ROWS["infonca-lora"].what, ("objective={type: infonca, beta: 25, alpha: 0.1}", *LISTS), GROUPS),
     "rank-dpo-lora": Row(ROWS["rank-dpo-lora"].what, ("objective={type: rank_dpo, beta: 100}", *LISTS), GROUPS),
     "npo-lora": NPO,
     "dro-lora": ROWS["dro-lora"],
 }  # fmt: skip
 DIT_ROWS |= {
     "online-dpo": Row(ROWS["online-dpo"].what, config="shapes-dit-online-dpo.yaml"),
-    "grpo": Row("GRPO, LoRA, Flow-SDE noise in the first six steps", config="shapes-dit-grpo.yaml"),
+    "grpo": Row("GRPO with GRPO-Guard's ratio, LoRA, Flow-SDE noise in the first six steps", config="shapes-dit-grpo.yaml"),
     "nft": Row("DiffusionNFT, LoRA", config="shapes-dit-nft.yaml"),
 }
 LABELLED = {

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from diffalign import data_cli
-from diffalign.console import CONFIG, JSON, SHARD, Group, launched, shard_of, show, split
+from diffalign.console import CONFIG, JSON, SHARD, BesideBars, Group, launched, shard_of, show, split
 from diffalign.errors import ConfigError, DiffalignError
 
 
@@ -25,7 +25,8 @@ def main(debug: bool) -> None:
     diffalign train configs/shapes-dpo.yaml
     diffalign train configs/shapes-dpo.yaml train.learning_rate=1e-4 output_dir=runs/mine
     """
-    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(name)s: %(message)s")
+    level = logging.DEBUG if debug else logging.WARNING
+    logging.basicConfig(level=level, format="%(name)s: %(message)s", handlers=[BesideBars()])
     sys.path.insert(0, "")  # `pkg.mod:Class` of the working directory
 
 

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
+import sys
 from typing import Any
 
 import click
 
 from diffalign.errors import ConfigError, DiffalignError
+
+
+class BesideBars(logging.Handler):
+    """Log lines above progress bars instead of behind them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
 
 CONFIG = click.argument("config", nargs=-1, metavar="[CONFIG.yaml] [KEY=VALUE]...")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -20,7 +32,10 @@ def split(words: tuple[str, ...]) -> tuple[str | None, list[str]]:
     """The configuration file, if any, and the overrides."""
     files = [w for w in words if "=" not in w]
     if len(files) > 1:
-        raise ConfigError(f"more than one configuration: {', '.join(files)}", hint="overrides are written key=value")
+        raise ConfigError(
+            f"more than one configuration: {', '.join(files)}",
+            hint="overrides are written key=value, in quotes where there are spaces",
+        )
     return (files[0] if files else None), [w for w in words if "=" in w]
 
 

@@ -17,7 +17,7 @@ from diffalign.errors import ConfigError, DataError
 from diffalign.models import Model
 from diffalign.sampling import Sampler
 from diffalign.scorers import table
-from diffalign.spec import Spec
+from diffalign.spec import Spec, did_you_mean
 from diffalign.suites import is_suite, suite_prompts
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ def known_scorers(names: list[str]) -> list[str]:
     """The names, if there may be such scorers."""
     for name in names:
         if name != "shapes" and ":" not in name and name not in table():
-            raise ValueError(f"unknown scorer {name!r}; use shapes, taste:KIND, {', '.join(table())} or pkg.mod:obj")
+            near = did_you_mean(name, ["shapes", *table()])
+            raise ValueError(f"unknown scorer {name!r}{near}; use shapes, taste:KIND, {', '.join(table())} or pkg.mod:obj")
     return names
 
 

@@ -105,6 +105,11 @@ class GRPOTrainer:
         self.given = InMemory(prompts, scorers)
         rollout = args.rollout
         if "batch_size" not in rollout.model_fields_set:
+            if args.generation_batch_size % args.per_device_train_batch_size:
+                raise ConfigError(
+                    f"generation_batch_size {args.generation_batch_size} is no multiple of per_device_train_batch_size "
+                    f"{args.per_device_train_batch_size}: set both, or rollout=RolloutSettings(batch_size=...)"
+                )
             rollout = rollout.model_copy(update={"batch_size": args.per_device_train_batch_size})
         spec = model if isinstance(model, ModelSpec) else ModelSpec(path=str(model))
         told = {"clip_range": args.epsilon, "clip_range_high": args.epsilon_high}

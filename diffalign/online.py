@@ -28,7 +28,6 @@ from diffalign.train.online_feed import OnlineFeed
 from diffalign.train.references import Periodic
 from diffalign.train.rewards import Rewards
 from diffalign.train.stepwise import NEEDS, StateFeed, StepwiseFeed
-from diffalign.training_data import DataSpec
 
 if TYPE_CHECKING:
     from diffalign.recipes import TrainConfig
@@ -171,7 +170,7 @@ def stepwise(c: TrainConfig, online: Online, names: str) -> None:
 
 def without_data(c: TrainConfig, section: str) -> None:
     """Refuse what is about stored examples where a section samples its own."""
-    if c.data != DataSpec():
+    if "data" in c.model_fields_set:
         raise ValueError(f"data is about stored examples, but {section} samples its own: drop data")
     stored = c.train.caption_dropout or c.train.balance_kinds is not None
     if stored or c.coupling.captions == "own" or c.coupling.noise in ("stored", "inverted", "replay"):
@@ -220,9 +219,9 @@ def online_feed(
     total, world = config.total, acc.num_processes
     if spec.blocks % world or (total.data == "steps" and spec.blocks // world % spec.updates):
         raise ConfigError(
-            f"online: {spec.blocks} blocks of {spec.rollout.batch_size} images cannot be shared by {world} processes and "
-            f"{spec.updates} updates",
-            hint="change online.prompts_per_rollout or online.rollout.batch_size",
+            f"online: {spec.blocks} x {spec.rollout.batch_size} images of a rollout cannot be shared evenly by {spec.updates} "
+            f"updates on {world} process{'es' if world > 1 else ''}",
+            hint="change online.prompts_per_rollout, online.rollout.batch_size or online.updates",
         )
     prompts = own_prompts(config, spec, asked, "online", given.prompts)
     steps = check(model, spec.rollout, prompts)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from diffalign.between import Between, final_weights, unwrapped
 from diffalign.building import build_model, environment, make_accelerator, ready_model
@@ -84,6 +84,14 @@ class TrainConfig(Spec):
     output_dir: str
     resume_from: str | None = None
     """``latest`` (there must be a checkpoint), ``auto`` (go on if there is one) or a checkpoint folder."""
+
+    @model_serializer(mode="wrap")
+    def _read_sections(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without pairs that an online run does not read."""
+        out: dict[str, Any] = serialize(self)
+        if self.online is not None or self.direct is not None:
+            out.pop("data", None)
+        return out
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -172,7 +172,7 @@ def check(model: Model, settings: RolloutSettings, prompts: Sequence[Prompt] = (
     try:
         settings.window.check(steps)
     except ValueError as e:
-        raise ConfigError(f"window: {e}", hint=f"rule {type(rule).__name__} has no density on the others") from e
+        raise ConfigError(f"window: {e}", hint=f"rule {getattr(rule, 'type', rule)} has no density on the others") from e
     return steps
 
 
@@ -184,8 +184,9 @@ def check_rule(model: Model, rule: Rule, guidance_scale: float, prompts: Sequenc
     """
     path = "flow" if model.kind == "flow" else "noise"
     if path not in rule.on:
+        name = getattr(rule, "type", type(rule).__name__)
         fit = [name for name, other in RULES.options.items() if path in getattr(other, "on", ())]
-        raise ConfigError(f"rule {type(rule).__name__} is not defined for {model.kind} models", hint=f"use {', '.join(fit)}")
+        raise ConfigError(f"rule {name} is not defined for {model.kind} models", hint=f"use {', '.join(fit)}")
     if guidance_scale > 1 and not model.takes_negative and any(p.negative for p in prompts):
         raise ConfigError(
             f"{model.path} cannot be guided by two passes: its guidance is distilled into a number that it is told",

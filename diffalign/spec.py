@@ -244,7 +244,7 @@ def validate(cls: type[S], data: Mapping[str, Any], where: str = "configuration"
     except ValidationError as e:
         lines = [_explain(cls, err) for err in e.errors(include_url=False)]
         n = len(lines)
-        raise ConfigError(f"{where}: {n} mistake{'s' if n > 1 else ''}\n" + "\n".join(f"  {line}" for line in lines)) from e
+        raise ConfigError(f"{where}: {n} mistake{'s' if n > 1 else ''}\n" + "\n".join(f"  {line}" for line in lines)) from None
 
 
 def load(cls: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
@@ -269,15 +269,15 @@ def dump(spec: Spec) -> str:
 
 def _explain(cls: type[Spec], err: Any) -> str:
     loc = [str(part) for part in err["loc"]]
-    key = ".".join(loc) or "(the whole)"
+    key = ".".join(loc)
     if err["type"] == "extra_forbidden":
         return f"{key}: unknown key{did_you_mean(loc[-1], _keys_at(cls, loc[:-1]))}"
     if err["type"] == "missing":
         return f"{key}: missing, and it has no default"
     message = err["msg"].removeprefix("Value error, ")
     shown = err.get("input")
-    small = isinstance(shown, str | int | float | None) and len(repr(shown)) < 80
-    return f"{key}: {message}" + (f" (got {shown!r})" if small and err["type"] != "choice_type" else "")
+    small = isinstance(shown, str | int | float | list | None) and len(repr(shown)) < 80
+    return (f"{key}: " if key else "") + message + (f" (got {shown!r})" if small and err["type"] != "choice_type" else "")
 
 
 def _keys_at(cls: type[Spec], loc: Sequence[str]) -> list[str]:

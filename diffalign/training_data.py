@@ -144,7 +144,8 @@ def consistent(c: TrainConfig) -> None:
         if value is not None and total.data != "labels":
             raise ValueError(f"data.{key} is about labels, but {names} is about {total.data}: drop it")
     if not isinstance(c.reference, Base) and "reference" not in total.needs:
-        raise ValueError(f"reference is set, but {names} does without one: drop it")
+        more = ", or set objective.beta above 0" if any(getattr(part, "beta", None) == 0 for part in total.parts) else ""
+        raise ValueError(f"reference is set, but {names} does without one: drop it{more}")
     if c.train.protect_winner is not None and noise not in (None, "shared"):
         raise ValueError(f"train.protect_winner compares residuals at the same noise, but coupling.noise is {noise}: drop one")
     if data.curriculum is not None and data.buckets:

@@ -91,7 +91,7 @@ class Fixed(Sized):
         if self.begin + self.size > steps:
             last = self.begin + self.size - 1
             raise ValueError(
-                f"a window of steps {self.begin} to {last} does not fit into {steps} that can be trained: {REMEDY}"
+                f"a window of steps {self.begin} to {last} does not fit into 0 to {steps - 1}, which can be trained: {REMEDY}"
             )
 
 

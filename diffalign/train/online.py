@@ -71,7 +71,10 @@ class Online(Spec):
         if size % self.group_size and self.group_size % size:
             raise ValueError(f"rollout.batch_size {size} must hold whole groups of {self.group_size}, or divide one")
         if images % size:
-            raise ValueError(f"{images} images per rollout are no multiple of rollout.batch_size {size}")
+            raise ValueError(
+                f"{images} images per rollout (prompts_per_rollout x group_size) are no multiple of rollout.batch_size "
+                f"{size}: change one of them"
+            )
         if self.oversample is not None:
             if self.oversample.candidates < self.group_size:
                 raise ValueError(f"oversample.candidates {self.oversample.candidates} is below group_size {self.group_size}")

@@ -215,7 +215,7 @@ class OnlineFeed:
 
         spec, model, made = self.spec.rollout, self.model, 0
         paths, scored = list[Trajectories](), list[Future[Tensor]]()
-        quiet = self.rank > 0 or len(plan) < 2
+        quiet = True if self.rank > 0 or len(plan) < 2 else None  # None: where nobody looks, in a file
         scoring = ThreadPoolExecutor(1)
         try:
             for items in tqdm(plan, desc="rollout", unit="batch", leave=False, disable=quiet, dynamic_ncols=True):

@@ -80,6 +80,7 @@ class Limits:
 
     def check(self, step: int, values: Mapping[str, float]) -> list[dict[str, Any]]:
         """New events of a look at ``values``, by their full names; the first look is the start."""
+        already = "" if self.start else ", before the first step"
         self.start = self.start or dict(values)
         fired = {e["limit"] for e in self.events}
         new = []
@@ -89,7 +90,8 @@ class Limits:
                 continue
             if why := limit.crossed(values[full], self.start[full]):
                 bounds = limit.bound()
-                new.append({"step": step, "event": limit.action, "limit": name, "message": f"{full} {why}", **bounds})
+                said = f"{full} {why}{already}"
+                new.append({"step": step, "event": limit.action, "limit": name, "message": said, **bounds})
         self.events += new
         return new
 
