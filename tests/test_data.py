@@ -258,6 +258,18 @@ def test_the_cache_computes_once_and_heals(tmp_path: Path, caplog: pytest.LogCap
     assert healed["a"]["x"].item() == 0.0
 
 
+def test_a_bar_shows_what_is_encoded_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def make(rows: list[int]) -> dict[str, torch.Tensor]:
+        return {"x": torch.zeros(len(rows), 1)}
+
+    TensorCache(tmp_path).fill(["a"], make)
+    assert capsys.readouterr().err == ""
+    TensorCache(tmp_path).fill(["a", "b", "c", "b"], make, unit="picture")
+    assert "2/2" in capsys.readouterr().err
+    TensorCache(tmp_path).fill(["a", "b"], make, unit="picture")
+    assert capsys.readouterr().err == ""
+
+
 def test_json_writes_are_whole_or_absent(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"x": 1})
     with pytest.raises(ValueError, match="Out of range"):

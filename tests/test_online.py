@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from diffalign.building import build_model
 from diffalign.data.prompts import Prompt
@@ -20,7 +21,7 @@ from diffalign.errors import ConfigError, DiffalignError
 from diffalign.models import LoRA, ModelSpec
 from diffalign.objectives import PairTerms
 from diffalign.recipes import TrainConfig, train
-from diffalign.spec import validate
+from diffalign.spec import dump, validate
 from diffalign.timesteps import Uniform
 from diffalign.train.online import OLD, Behaviour, Online
 from diffalign.train.online_feed import OnlineFeed
@@ -629,6 +630,7 @@ def test_two_processes_train_as_one(tiny: Path, tmp_path: Path) -> None:
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a policy objective without rollouts": ({"online": None}, "add the section online"),
     "stored data beside": ({"data": {"limit": 3}}, "drop data"),
+    "the shipped pairs beside": ({"data": {"path": "shapes-pairs"}}, "drop data"),
     "a group of one": ({"online": {"group_size": 1}}, "group_size 1"),
     "blocks that cut groups": ({"online": {"group_size": 3}}, "whole groups of 3"),
     "images that fill no block": ({"online": {"prompts_per_rollout": 3}}, "no multiple of"),
@@ -696,6 +698,13 @@ def test_what_cannot_work_is_refused_with_the_remedy(case: str, tiny: Path, tmp_
     with pytest.raises(ConfigError, match=said):
         train(validate(TrainConfig, sections))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_pairs_that_are_not_read_are_not_written(tiny: Path, tmp_path: Path) -> None:
+    config = validate(TrainConfig, small(tiny, tmp_path / "run"))
+    written = yaml.safe_load(dump(config))
+    assert "data" not in written
+    assert validate(TrainConfig, written) == config
 
 
 @pytest.mark.parametrize("key", ["weights", "confidence"])

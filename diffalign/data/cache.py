@@ -44,15 +44,23 @@ class TensorCache:
             key, _, part = name.partition("/")
             self.entries.setdefault(key, {})[part] = tensor
 
-    def fill(self, keys: Sequence[str], make: Callable[[list[int]], dict[str, Tensor]], batch: int = BATCH) -> None:
-        """Compute the entries of ``keys`` that are missing: ``make`` gets positions in ``keys`` and returns named stacks."""
+    def fill(
+        self, keys: Sequence[str], make: Callable[[list[int]], dict[str, Tensor]], batch: int = BATCH, unit: str | None = None
+    ) -> None:
+        """Compute the entries of ``keys`` that are missing: ``make`` gets positions in ``keys`` and returns named stacks.
+
+        With a ``unit``, what an entry is of, a bar shows how far it is.
+        """
         from safetensors.torch import save_file
+        from tqdm import tqdm
 
         first: dict[str, int] = {}
         for i, key in enumerate(keys):
             if key not in self.entries:
                 first.setdefault(key, i)
         missing = list(first.values())
+        hidden = unit is None or not missing
+        bar = tqdm(total=len(missing), desc="encode", unit=unit or "", disable=hidden, dynamic_ncols=True)
         for start in range(0, len(missing), SHARD):
             rows = missing[start : start + SHARD]
             new: dict[str, dict[str, Tensor]] = {}
@@ -61,11 +69,13 @@ class TensorCache:
                 stacks = make(some)
                 for j, row in enumerate(some):
                     new[keys[row]] = {part: stack[j].cpu().clone() for part, stack in stacks.items()}
+                bar.update(len(some))
             flat = {f"{key}/{part}": tensor for key, parts in new.items() for part, tensor in parts.items()}
             name = hashlib.sha256("".join(sorted(new)).encode()).hexdigest()[:16]
             atomic(self.folder / f"{name}.safetensors", partial(save_file, flat))
             self.entries |= new
             self.made += len(rows)
+        bar.close()
 
     def __getitem__(self, key: str) -> dict[str, Tensor]:
         return self.entries[key]

@@ -130,15 +130,18 @@ class Offline:
         for size, cache in self.latents.items():
             some = [(i, j) for i, s in enumerate(self.sizes) if s == size for j in range(len(self.keys[i]))]
             make = partial(self._latents, [self.examples[i].pictures[j] for i, j in some], size)
-            cache.fill([self.keys[i][j] for i, j in some], make, pictures_at_once(size))
+            cache.fill([self.keys[i][j] for i, j in some], make, pictures_at_once(size), self._told("picture"))
         self.prompts = list(dict.fromkeys(p for x in self.examples for p in x.said))
         if self.model.trains_texts:
             return
         self.model.stage("texts")
         prompts = [None, *self.prompts]
-        self.texts.fill(
-            [text_key(p) for p in prompts], lambda rows: self.model.encode_prompts([prompts[i] for i in rows]).parts()
-        )
+        read = lambda rows: self.model.encode_prompts([prompts[i] for i in rows]).parts()  # noqa: E731
+        self.texts.fill([text_key(p) for p in prompts], read, unit=self._told("prompt"))
+
+    def _told(self, unit: str) -> str | None:
+        """What the bar of this process counts; None where another's is enough."""
+        return unit if self.rank == 0 else None
 
     def _latents(self, pictures: Sequence[Picture], size: Size, rows: list[int]) -> dict[str, Tensor]:
         images = [pictures[i].load() for i in rows]
