@@ -152,9 +152,9 @@ DIT_ROWS = {name: ROWS[name] for name in ("dpo-lora", "dpo-shuffled", "mapo-lora
     "robust-flipped": Row(
         ROWS["robust-flipped"].what, ("objective={type: robust, beta: 100, label_smoothing: 0.2}", "data.flip_labels=0.2")
     ),
-    "ipo-lora": Row("IPO, LoRA", ("objective={type: ipo, beta: 100}",)),
+    "ipo-lora": Row("IPO, LoRA", ("objective={type: ipo, beta: 5}",)),
     "kto-lora": Row("Diffusion-KTO, LoRA", ("objective={type: kto, beta: 100}", "train.per_device_train_batch_size=64")),
-    "curriculum-lora": Row("Curriculum-DPO, LoRA", ("data.curriculum={chunks: 5, every: 40}",)),
+    "curriculum-lora": Row("Curriculum-DPO, LoRA", ("data.curriculum={chunks: 2, every: 67}",)),
     "smpo-lora": Row(
         "SmPO, LoRA",
         (
