@@ -331,11 +331,11 @@ def write(path: Path, value: dict[str, Any]) -> None:
 
 def write_tables() -> str:
     """The leaderboard as Markdown, also written to docs/leaderboard.md with its figure."""
-    from table import HEAD, entries, figure, labelled, table
+    from table import HEAD, SHOWN, entries, figure, labelled, table
 
     from diffalign.data.files import write_text
 
-    parts = [HEAD.format(prompts=PROMPTS, per_prompt=PER_PROMPT), "![Gains of every row](leaderboard.svg)"]
+    parts = [HEAD.format(prompts=PROMPTS, per_prompt=PER_PROMPT), "![Gains of every row](leaderboard.svg)", SHOWN]
     bars = {}
     for world in WORLDS.values():
         if (world.results / "base.json").exists():
