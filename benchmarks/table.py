@@ -37,7 +37,7 @@ SHOWN = """## What it shows, and what it does not
 It shows that most of these losses learn what the pairs say: on the UNet nine of them beat SFT on the winners, and \
 shuffled labels gain nothing. Diffusion-NPO, DSPO, MaPO and Diffusion-DRO did not beat SFT with the better of their \
 two trials, and robust DPO on flipped labels did not gain: they are shown as they are. Three things moved the result \
-more than the choice among the losses that work. Where pairs come from: fresh ones, in rounds or online, gain about \
+more than the choice among the losses that work. Where pairs come from: fresh ones, in rounds or online, gain nearly \
 twice as much from the same loss. Who labels them: see the quality of labels. How strong the loss is: several losses \
 of regression and of lists were near SFT at the main job's beta and near the top at a smaller one \
 (`benchmarks/results/trials.jsonl`). The base at guidance 4, which nobody trained, stands among the best losses on \
