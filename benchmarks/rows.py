@@ -162,7 +162,7 @@ DIT_ROWS = {name: ROWS[name] for name in ("dpo-lora", "dpo-shuffled", "mapo-lora
             "coupling={noise: inverted, inversion_steps: 5, renoise: 1}",
         ),
     ),
-    "dspo-lora": Row("DSPO, LoRA", ("objective={type: dspo, beta: 0.5}",)),
+    "dspo-lora": Row("DSPO, LoRA", ("objective={type: dspo, beta: 0.5}", "timesteps.type=uniform", "timesteps.low=0.4")),
     "linear-lora": Row(
         "Linear-DPO, LoRA", ("objective={type: linear, beta: 50, kappa: 1}", "reference={type: ema, decay: 0.99}")
     ),
