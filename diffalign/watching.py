@@ -96,7 +96,7 @@ def _check_rewards(reward: RewardSpec) -> None:
     wanted += [("confidence", reward.confidence)] if reward.confidence is not None else []
     for key, name in wanted:
         if name not in given:
-            near = f"{did_you_mean(name, given)}; given: {', '.join(sorted(given))}"
+            near = f"{did_you_mean(name, given)}; given: {', '.join(sorted(given))} (null takes a name out)"
             raise ValueError(f"online.reward.{key}: no scorer gives {name!r}{near}")
 
 

@@ -699,6 +699,13 @@ def test_what_cannot_work_is_refused_with_the_remedy(case: str, tiny: Path, tmp_
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_null_takes_out_a_weight_of_the_file_below(tiny: Path, tmp_path: Path) -> None:
+    reward = {"scorers": ["shapes"], "weights": {"score": None, "exact": 1.0}}
+    config = validate(TrainConfig, small(tiny, tmp_path / "run", online={**online().model_dump(), "reward": reward}))
+    assert config.online is not None
+    assert config.online.reward.weights == {"exact": 1.0}
+
+
 def test_pairs_that_are_not_read_are_not_written(tiny: Path, tmp_path: Path) -> None:
     config = validate(TrainConfig, small(tiny, tmp_path / "run"))
     written = yaml.safe_load(dump(config))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from diffalign.data.files import atomic
@@ -25,7 +25,7 @@ class RewardSpec(Spec):
     scorers: list[str] = Field(default=["shapes"], min_length=1)
     """As ``evaluate.scorers``: of the built-in world, of the list, served over HTTP, or a callable ``pkg.mod:obj``."""
     weights: dict[str, float] = Field(default={"score": 0.8, "cleanliness": 0.2}, min_length=1)
-    """Which of the scorers' values count, and how much."""
+    """Which of the scorers' values count, and how much; null takes out one that the file below has."""
     confidence: str | None = None
     """A further value of the scorers, above 0, that advantages are multiplied by: how far each sample's reward is relied on,
     such as :func:`diffalign.advantages.certainty` of its features (PrefPaint)."""
@@ -34,6 +34,11 @@ class RewardSpec(Spec):
     retries: int = Field(default=3, ge=1)
     wait_seconds: float = Field(default=1.0, ge=0)
     """Before the first retry; doubled before each further one."""
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _taken_out(cls, weights: Any) -> Any:
+        return {k: w for k, w in weights.items() if w is not None} if isinstance(weights, dict) else weights
 
     @model_validator(mode="after")
     def _apart(self) -> Self:
