@@ -51,9 +51,10 @@ def rewrite(
             n, file = found[i]
             try:
                 there = pq.ParquetFile(file)
-                if lost := [c for c in MAPS if c in there.schema_arrow.names]:
+                names = there.schema_arrow.names
+                if lost := [c for c in MAPS if c in names and c not in schemas()[table].names]:
                     raise DataError(f"{file}: its column {lost[0]} would be lost", hint="train on it as it is, or drop that")
-                columns = [c for c in there.schema_arrow.names if pictures or c != "image"]
+                columns = [c for c in names if pictures or c != "image"]
                 return change(table, n, conform(there.read(columns=columns), table))
             except (pa.ArrowException, OSError) as e:
                 raise DataError(f"{file}: not a readable Parquet shard: {e}", hint="delete it and run again") from e
