@@ -44,11 +44,12 @@ of regression and of lists were near SFT at the main job's beta and near the top
 stored pairs.
 
 It does not show that one of these losses is better than Diffusion-DPO at the same pairs and passes: no such \
-difference stands after Holm's correction with three seeds, and two trials find nobody's best settings. It says \
-nothing of real pictures, of people's tastes, of larger models, or of labels with noise, which would cost methods that \
-trust the size of a score more than those that read an order. Passes count training and not the sampling of stored \
-pairs. A gain in exact may cost variety: see diversity. No row is there for DCPO, RPO and VideoDPO's weights, whose \
-kind of data the built-in world's pairs are not; reconstructions have none either."""
+difference stands after Holm's correction with three seeds, two trials find nobody's best settings, and rows of one \
+seed are a first look. It says nothing of real pictures, of people's tastes, of larger models, or of labels with \
+noise, which would cost methods that trust the size of a score more than those that read an order. Passes count \
+training and not the sampling of stored pairs. A gain in exact may cost variety: see diversity. No row is there for \
+DCPO, RPO and VideoDPO's weights, whose kind of data the built-in world's pairs are not; reconstructions have none \
+either."""
 
 
 @dataclass(frozen=True)
