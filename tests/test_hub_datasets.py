@@ -216,7 +216,7 @@ def test_paths_of_a_streamed_table_are_those_of_image_root_alone(server: Dataset
         (tmp_path / "pics" / f"{side}.png").write_bytes(NOISE[9 + (side == "l")])
     words = ["-m", "diffalign", "import", "format=trl", "path=some/paths"]
     done = there(server, tmp_path / "cache", *words, f"output_dir={tmp_path / 'none'}", cwd=tmp_path)
-    assert "dropped: 1 a picture is missing" in done.stdout, done.stderr
+    assert "nothing is left of 1 rows: 1 a picture is missing" in done.stderr, done.stdout
     root = "image_root=hf://datasets/some/paths"
     done = there(server, tmp_path / "cache", *words, root, f"output_dir={tmp_path / 'out'}", cwd=tmp_path)
     assert "1 pairs of 1 rows" in done.stdout, done.stdout + done.stderr

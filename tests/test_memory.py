@@ -619,7 +619,7 @@ def test_every_shipped_configuration_trains_two_steps(name: str, folder_of: Any,
     given += ["evaluate.prompts=shapes:test", "evaluate.scorers=[shapes]", "train.gradient_accumulation_steps=1"]
     if config.model.path in STAND_INS:
         family = STAND_INS[config.model.path]
-        given += [f"model.path={folder_of(family)}", "data.resolution=null"]
+        given += [f"model.path={folder_of(family)}"] + ([] if samples else ["data.resolution=null"])
         given += ["model.max_sequence_length=16"] if family in T5 else []
     given += ["model.quantization=none", "train.optimizer=adamw", "train.per_device_train_batch_size=1"]
     given += SMALL_ROUNDS if config.rounds is not None else []
