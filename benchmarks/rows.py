@@ -147,7 +147,8 @@ ROWS["best-of-ten-lora"] = Row(
 ROWS["nca-lora"] = Row(
     "NCA on the same groups, LoRA", ("objective={type: nca, beta: 500, alpha: 0.1}", *LISTS), GROUPS, seeds=(0,)
 )
-DIT_ROWS = {name: ROWS[name] for name in ("dpo-lora", "dpo-shuffled", "mapo-lora", "dpo-flipped", "safeguard-lora")} | {
+SHARED = ("dpo-lora", "dpo-shuffled", "mapo-lora", "dpo-flipped", "safeguard-lora", "dspo-lora")
+DIT_ROWS = {name: ROWS[name] for name in SHARED} | {
     "sft-winners": Row("SFT on the winners (control)", ("objective.type=sft",)),
     "robust-flipped": Row(
         ROWS["robust-flipped"].what, ("objective={type: robust, beta: 100, label_smoothing: 0.2}", "data.flip_labels=0.2")
@@ -162,7 +163,6 @@ DIT_ROWS = {name: ROWS[name] for name in ("dpo-lora", "dpo-shuffled", "mapo-lora
             "coupling={noise: inverted, inversion_steps: 5, renoise: 1}",
         ),
     ),
-    "dspo-lora": Row("DSPO, LoRA", ("objective={type: dspo, beta: 0.5}", "timesteps.type=uniform", "timesteps.low=0.4")),
     "linear-lora": Row(
         "Linear-DPO, LoRA", ("objective={type: linear, beta: 50, kappa: 1}", "reference={type: ema, decay: 0.99}")
     ),

@@ -45,11 +45,10 @@ stored pairs.
 
 It does not show that one of these losses is better than Diffusion-DPO at the same pairs and passes: no such \
 difference stands after Holm's correction with three seeds, two trials find nobody's best settings, and rows of one \
-seed are a first look. It says nothing of real pictures, of people's tastes, of larger models, or of labels with \
-noise, which would cost methods that trust the size of a score more than those that read an order. Passes count \
-training and not the sampling of stored pairs. A gain in exact may cost variety: see diversity. No row is there for \
-DCPO, RPO and VideoDPO's weights, whose kind of data the built-in world's pairs are not; reconstructions have none \
-either."""
+seed are a first look. It says nothing of real pictures, of people's tastes, of larger models, or of what noise in the \
+labels does to losses other than DPO and robust DPO. Passes count training and not the sampling of stored pairs. A \
+gain in exact may cost variety: see diversity. No row is there for DCPO, RPO and VideoDPO's weights, whose kind of \
+data the built-in world's pairs are not; reconstructions have none either."""
 
 
 @dataclass(frozen=True)

@@ -177,3 +177,10 @@ def test_the_arguments_of_another_trainer_are_refused(tiny: Path, tmp_path: Path
 
     with pytest.raises(ConfigError, match="GRPOConfig"):
         GRPOTrainer(model=tiny, args=DPOConfig(output_dir=str(tmp_path)), train_dataset=TEXTS, reward_funcs=redness)  # type: ignore[arg-type]
+
+
+def test_a_rollout_of_no_whole_batches_is_refused_in_the_callers_words(tiny: Path, tmp_path: Path) -> None:
+    args = GRPOConfig(output_dir=str(tmp_path / "run"), num_generations=4, generation_batch_size=8)
+    with pytest.raises(ConfigError, match="generation_batch_size 8 is no multiple of per_device_train_batch_size 32"):
+        GRPOTrainer(model=str(tiny), args=args, train_dataset=["a"], reward_funcs="compressibility")
+    assert not (tmp_path / "run").exists()
