@@ -160,7 +160,8 @@ def pairs_for(world: World, row: Row, n: int, previous: Path | None) -> tuple[st
     from build_assets import PAIRS
 
     if not row.pairs:
-        return world.pairs, PAIRS["num_prompts"] * PAIRS["images_per_prompt"]
+        path = chosen_again(world, row) if row.chosen else world.pairs
+        return path, PAIRS["num_prompts"] * PAIRS["images_per_prompt"]
     settings = {**PAIRS, "seed": 7 + 100 * n, **row.pairs}
     if world.name != "unet":
         settings |= {"model": {"path": world.model}}
@@ -172,6 +173,20 @@ def pairs_for(world: World, row: Row, n: int, previous: Path | None) -> tuple[st
     config = validate(PairsConfig, settings)
     make_pairs(config)
     return str(folder), config.num_prompts * config.images_per_prompt
+
+
+def chosen_again(world: World, row: Row) -> str:
+    """The shipped pairs as ``diffalign pairs`` writes them, with weights or captions of their own."""
+    from diffalign.own_pairs import PairsConfig
+    from diffalign.selection import SelectConfig, select
+    from diffalign.shapes import asset
+    from diffalign.spec import validate
+
+    reward = PairsConfig(output_dir="unused").reward  # the one that the shipped pairs were chosen by
+    settings = {"path": str(asset(world.pairs)), "reward": reward, **row.chosen}
+    folder = str(world.work / f"chosen-{digest(json.dumps(row.chosen).encode())}")
+    select(validate(SelectConfig, settings | {"output_dir": folder}))
+    return folder
 
 
 def lora_spec(world: World) -> dict[str, Any]:

@@ -16,6 +16,8 @@ class Row:
     overrides: tuple[str, ...] = ()
     pairs: dict[str, Any] = field(default_factory=dict)
     """Settings of :class:`diffalign.own_pairs.PairsConfig` for pairs of its own; the shipped ones if empty."""
+    chosen: dict[str, Any] = field(default_factory=dict)
+    """Settings of ``diffalign pairs``, which then writes the shipped pairs anew, with what they lack."""
     rounds: int = 1
     """Rounds of training, each on fresh pairs from the round before."""
     scorers: tuple[str, ...] = SCORERS
@@ -104,8 +106,8 @@ ROWS |= {
         ("objective={type: dro_hinge, mu: 0.001}", "coupling={noise: replay, replay_steps: 10, replay_every: 16}",
          "train.learning_rate=2e-4"),
     ),
-    "region-lora": Row("Diffusion-DPO, LoRA, where the judge sees a wrong object", ("data.maps=judged_region",)),
-    "segments-lora": Row("Diffusion-DPO, LoRA, the judge's label for each object", ("data.maps=judged_segments",)),
+    "region-lora": Row("Diffusion-DPO, LoRA, where the judge sees a wrong object", ("data.maps=judged_region",), seeds=(0,)),
+    "segments-lora": Row("Diffusion-DPO, LoRA, the judge's label for each object", ("data.maps=judged_segments",), seeds=(0,)),
     "dpo-ensemble": Row(
         "Diffusion-DPO, LoRA, labelled by two learned judges (CLIP and the second judge)",
         pairs={"scorers": ["clip:shapes-clip", "diffalign.shapes.second:second_score"], "units": "rank",
@@ -143,6 +145,13 @@ ROWS |= {name: Row(what, overrides, seeds=(0,)) for name, (what, overrides) in O
 ROWS["best-of-ten-lora"] = Row(
     "UnifiedReward's pairs: Diffusion-DPO, LoRA, on the best and worst of ten, as many images in all",
     pairs={"images_per_prompt": 10, "num_prompts": 960}, seeds=(0,),
+)  # fmt: skip
+ROWS["videodpo-lora"] = Row(
+    "VideoDPO's weights on DPO, LoRA: rare scores count more", chosen={"density": {"bin_width": 0.05}}, seeds=(0,)
+)
+ROWS["dcpo-lora"] = Row(
+    "DCPO: the loser has the caption with one word exchanged, LoRA", ("coupling={captions: own}",),
+    chosen={"captions": {"type": "edits", "of": "losers"}}, seeds=(0,),
 )  # fmt: skip
 ROWS["nca-lora"] = Row(
     "NCA on the same groups, LoRA", ("objective={type: nca, beta: 500, alpha: 0.1}", *LISTS), GROUPS, seeds=(0,)
