@@ -22,12 +22,13 @@ from diffalign.rules import noisy
 from diffalign.scorers import Scorer
 from diffalign.scoring import make_scorers
 from diffalign.timesteps import Uniform
+from diffalign.train.collecting import Collector
 from diffalign.train.coupling import Coupling
 from diffalign.train.online import Online
 from diffalign.train.online_feed import OnlineFeed
 from diffalign.train.references import Periodic
 from diffalign.train.rewards import Rewards
-from diffalign.train.stepwise import NEEDS, StateFeed, StepwiseFeed
+from diffalign.train.stepwise import NEEDS, ForkCollector, StateFeed, StepwiseFeed
 
 if TYPE_CHECKING:
     from diffalign.recipes import TrainConfig
@@ -230,26 +231,23 @@ def online_feed(
             f"online.rollout: none of the {spec.rollout.num_inference_steps} steps has a density to train",
             hint="raise online.rollout.num_inference_steps",
         )
-    kind = {"image": OnlineFeed, "state": StateFeed}.get(spec.credit, StepwiseFeed)
-    return kind(
+    collector = (ForkCollector if spec.credit == "state" else Collector)(
         model,
         prompts,
         spec,
         Rewards(spec.reward, given.scorers or make_scorers(spec.reward.scorers), Path(config.output_dir)),
-        config.timesteps,
-        data=total.data,
-        needs=total.needs
-        if spec.credit == "image"
-        else total.needs - {"old"},  # steps keep the means that they were drawn from
-        batch_size=s.per_device_train_batch_size,
+        replays=replays(config),
+        # steps keep the means that they were drawn from
+        follows=spec.old is not None or (spec.credit == "image" and "old" in total.needs),
         seed=s.seed,
         rank=acc.process_index,
         world=world,
-        coupling=config.coupling,
         gather=lambda x: acc.gather(x.to(acc.device)).to(x.device),  # rewards are on the CPU, where no GPU backend gathers
         bare=bare,
-        log=write,
     )
+    kind = {"image": OnlineFeed, "state": StateFeed}.get(spec.credit, StepwiseFeed)
+    batch_size, coupling = s.per_device_train_batch_size, config.coupling
+    return kind(collector, config.timesteps, data=total.data, batch_size=batch_size, coupling=coupling, log=write)
 
 
 def check_ratio(
@@ -263,10 +261,10 @@ def check_ratio(
     """
     import click
 
-    found = feed.preflight(autocast)
+    found = feed.collector.preflight(feed.batch_size, autocast)
     guarded = any(isinstance(o, GRPOGuard) for o in config.total.parts)
     largest = max(found.share)
-    if feed.rank == 0:
+    if feed.collector.rank == 0:
         shares = ", ".join(f"{n}: {100 * share:.1f}" for n, share in zip(found.trained, found.share, strict=True))
         click.echo(f"preflight: the unchanged policy, replayed, has |ratio - 1| up to {found.ratio_error:.3g}", err=True)
         click.echo(f"preflight: trained steps, and each one's share of the squared gradient in %: {shares}", err=True)

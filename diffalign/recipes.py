@@ -253,7 +253,7 @@ def train_once(config: TrainConfig, pairs: Rows | None = None, given: InMemory |
     watcher = make_watcher(config, model, watched, feed, dict(zip(config.evaluate.scorers, scorers, strict=True)))
     if checkpoint is not None:
         state.load(checkpoint)
-    noise = check_ratio(config, feed, accelerator.autocast) if isinstance(feed, OnlineFeed) and feed.replays else {}
+    noise = check_ratio(config, feed, accelerator.autocast) if isinstance(feed, OnlineFeed) and feed.collector.replays else {}
     if main:  # nothing was wrong: from here on the folder holds a run
         write_text(folder / "config.resolved.yaml", resolved)
         write_json(folder / "env.json", environment() | {"licences": licences(config)})

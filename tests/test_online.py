@@ -23,6 +23,7 @@ from diffalign.objectives import PairTerms
 from diffalign.recipes import TrainConfig, train
 from diffalign.spec import dump, validate
 from diffalign.timesteps import Uniform
+from diffalign.train.collecting import Collector
 from diffalign.train.online import OLD, Behaviour, Online
 from diffalign.train.online_feed import OnlineFeed
 from diffalign.train.rewards import Rewards, RewardSpec
@@ -74,7 +75,10 @@ def feed(model: Any, tmp_path: Path) -> Callable[..., OnlineFeed]:
     def make(data: str = "steps", spec: Online | None = None, **more: Any) -> OnlineFeed:
         spec = spec or online()
         rewards = Rewards(spec.reward, make_scorers(spec.reward.scorers), tmp_path)
-        return OnlineFeed(model, PROMPTS, spec, rewards, Uniform(), data=data, **{"batch_size": 4, "seed": 1} | more)  # type: ignore[arg-type]
+        how = {name: more.pop(name) for name in ("rank", "world", "gather") if name in more}
+        replays, follows = data == "steps", spec.old is not None
+        collector = Collector(model, PROMPTS, spec, rewards, replays=replays, follows=follows, seed=1, **how)
+        return OnlineFeed(collector, Uniform(), data=data, **{"batch_size": 4} | more)  # type: ignore[arg-type]
 
     return make
 
@@ -105,7 +109,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_prompts_come_in_shuffled_epochs_of_the_pool(feed: Callable[..., OnlineFeed]) -> None:
     f = feed()
-    seen = [f._prompt(i).text for i in range(15)]
+    seen = [f.collector._prompt(i).text for i in range(15)]
     for turn in range(3):
         assert sorted(seen[5 * turn : 5 * turn + 5]) == sorted(p.text for p in PROMPTS)
     assert seen[:5] != seen[5:10] or seen[5:10] != seen[10:]
@@ -113,7 +117,7 @@ def test_prompts_come_in_shuffled_epochs_of_the_pool(feed: Callable[..., OnlineF
 
 def test_groups_stand_together_and_no_noise_is_used_twice(feed: Callable[..., OnlineFeed]) -> None:
     f = feed()
-    items = [item for epoch in range(10) for block in f._plan(epoch) for item in block]
+    items = [item for epoch in range(10) for block in f.collector._plan(epoch) for item in block]
     assert all(a.prompt == b.prompt for a, b in zip(items[::2], items[1::2], strict=True))
     assert len({(i.prompt.text, i.k) for i in items}) == len(items)
 
@@ -124,7 +128,7 @@ def test_two_processes_see_the_trajectories_of_one(feed: Callable[..., OnlineFee
     list(alone.batches(0))
     for rank in (0, 1):
         shared = feed(rank=rank, world=2)
-        shared.gather = lambda values: torch.cat([values, values])  # the other's rewards do not matter here
+        shared.collector.gather = lambda values: torch.cat([values, values])  # the other's rewards do not matter here
         list(shared.batches(0))
         assert len(shared.blocks) == 1
         for name in ("x0", "x", "x_next", "mean", "std"):
@@ -220,8 +224,8 @@ def test_the_mean_is_over_examples_whatever_the_last_batch_holds(feed: Callable[
     for b in batches:  # what the loop makes of it: the mean of a batch, over the number of batches
         assert (b.weight / len(b) / len(batches)).tolist() == pytest.approx([1 / 5] * len(b))
     shared = feed("pairs", alone.spec, batch_size=2)
-    shared._collect(0, 0)
-    shared.world, shared.gather = 2, lambda x: torch.cat([x, torch.full_like(x, 3.0)])
+    shared._begin(0)
+    shared.collector.world, shared.collector.gather = 2, lambda x: torch.cat([x, torch.full_like(x, 3.0)])
     batches = list(shared.batches(0))
     for b in batches:  # and the mean over processes
         assert (b.weight / len(b) / len(batches) / 2).tolist() == pytest.approx([1 / 8] * len(b))
@@ -231,11 +235,14 @@ def test_extremes_fill_the_batches_that_the_preflight_saw(feed: Callable[..., On
     """Three of each group of eight: kept rows stand together, weigh alike over both processes, and the rest weighs nothing."""
     spec = online(prompts_per_rollout=2, group_size=8, rollout={"batch_size": 8}, advantages={"keep": {"best": 2, "worst": 1}})
     f = feed(spec=spec)
-    f._collect(0, 0)
+    f._begin(0)
     f.blocks[1] = replace(f.blocks[1], advantages=torch.zeros(8))  # a group without differences
     kept = [(id(b), i) for b in f.blocks for i in range(8) if b.advantages[i] != 0]
     assert len(kept) == 3
-    f.world, f.gather = 2, lambda x: torch.cat([x, torch.full_like(x, 2.0)])  # the other process: two parts, two rows
+    f.collector.world, f.collector.gather = (
+        2,
+        lambda x: torch.cat([x, torch.full_like(x, 2.0)]),
+    )  # the other process: two parts, two rows
     batches = list(f.batches(0))
     slots = f.blocks[0].paths.std.shape[1]
     assert len(batches) == 2 * slots
@@ -256,7 +263,7 @@ def test_prompts_are_encoded_once_a_rollout_and_when_they_are_read(
     feed: Callable[..., OnlineFeed], model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     f = feed("images", online(repeats=3, rollout={"rule": {"type": "ode"}}))
-    f._collect(0, 0)
+    f._begin(0)
     said: list[str] = []
     encode = model.encode_prompts
     alike = {t: encode(texts_of(b))[[n]] for b in f.blocks for n, t in enumerate(texts_of(b))}
@@ -300,7 +307,6 @@ def test_old_policy_follows_by_its_schedule(feed: Callable[..., OnlineFeed], mod
     f = feed(
         "images",
         online(old={"rate": 0.5, "most": 0.75, "flat": 1}, rollout={"rule": {"type": "ode"}}),
-        needs=frozenset({"old"}),
     )
     name = next(iter(model.named_weights.trainable()))
     p = model.named_weights.trainable()[name]
@@ -387,8 +393,8 @@ def test_a_group_with_a_failed_reward_counts_for_nothing(feed: Callable[..., Onl
 def test_nothing_of_a_group_with_a_failed_reward_is_learned_from(data: str, feed: Callable[..., OnlineFeed]) -> None:
     """One picture of a prompt fails: its group is no example, for losses of any kind."""
     f = feed(data, online(reward=DROPPED, prompts_per_rollout=5, group_size=4, rollout={"rule": {"type": "ode"}}))
-    first = f.rewards._ask
-    f.rewards._ask = lambda batch: _only_the_first(*first(batch))  # type: ignore[method-assign]
+    first = f.collector.rewards._ask
+    f.collector.rewards._ask = lambda batch: _only_the_first(*first(batch))  # type: ignore[method-assign]
     list(f.batches(0))
     said = {x.block.items[row].prompt.text for x in f._examples() for row in x.rows}
     assert said == {p.text for p in PROMPTS} - {"picture 3"}
@@ -412,7 +418,7 @@ def test_a_failing_reward_stops_the_sampling(
     """It is heard between two blocks, not after the last of six."""
     import time
 
-    from diffalign.train import online_feed
+    from diffalign.train import collecting
 
     made: list[int] = []
 
@@ -423,8 +429,8 @@ def test_a_failing_reward_stops_the_sampling(
         time.sleep(0.2)
         return rollout(*args, **more)
 
-    rollout = online_feed.rollout
-    monkeypatch.setattr(online_feed, "rollout", slowly)
+    rollout = collecting.rollout
+    monkeypatch.setattr(collecting, "rollout", slowly)
     reward = {"scorers": ["test_online:failed"], "weights": {"failed": 1.0}}
     with pytest.raises(DiffalignError, match="no value"):
         list(feed(spec=online(reward=reward, prompts_per_rollout=12)).batches(0))
@@ -558,10 +564,10 @@ def test_passes_of_a_rollout_without_a_lesson_are_kept(feed: Callable[..., Onlin
     spec = online(reward=reward, rollout={"rule": {"type": "ode"}})
     f = feed("pairs", spec)
     assert list(f.batches(0)) == []
-    assert f.unpaid == 8 * 3
+    assert f.collector.unpaid == 8 * 3
     again = feed("pairs", spec)
     again.restore(f.state())
-    assert again.unpaid == 8 * 3
+    assert again.collector.unpaid == 8 * 3
 
 
 def always_one(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
@@ -784,7 +790,7 @@ def test_the_worst_of_all_processes_decides(feed: Callable[..., OnlineFeed]) -> 
     from contextlib import nullcontext
 
     f = feed(world=2, gather=lambda x: torch.cat([x, torch.tensor([[0.1, 0.2, 0.3]])]))
-    found = f.preflight(nullcontext)
+    found = f.collector.preflight(f.batch_size, nullcontext)
     assert (found.ratio_error, found.guard_error, found.kl_error) == pytest.approx((0.1, 0.2, 0.3))
 
 

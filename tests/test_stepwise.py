@@ -23,9 +23,10 @@ from diffalign.recipes import TrainConfig, train
 from diffalign.sampling import encode_once
 from diffalign.spec import dump, validate
 from diffalign.timesteps import Uniform
+from diffalign.train.collecting import Collector
 from diffalign.train.online import Online
 from diffalign.train.rewards import Rewards
-from diffalign.train.stepwise import StateFeed, StepwiseFeed
+from diffalign.train.stepwise import ForkCollector, StateFeed, StepwiseFeed
 from diffalign.train.tracking import read_metrics
 
 ALL = frozenset({"loser", "reference", "old", "scores"})
@@ -44,9 +45,10 @@ def feed(model: Any, tmp_path: Path) -> Make:
     def make(credit: str = "steps", spec: Online | None = None, **more: Any) -> StepwiseFeed:
         spec = spec or online(credit=credit)
         rewards = Rewards(spec.reward, make_scorers(spec.reward.scorers), tmp_path)
-        kind = StateFeed if credit == "state" else StepwiseFeed
-        given = {"data": "pairs", "batch_size": 4, "seed": 1} | more
-        return kind(model, PROMPTS, spec, rewards, Uniform(), **given)  # type: ignore[arg-type]
+        kind, makes = (StateFeed, ForkCollector) if credit == "state" else (StepwiseFeed, Collector)
+        how = {name: more.pop(name) for name in ("rank", "world", "gather") if name in more}
+        collector = makes(model, PROMPTS, spec, rewards, replays=True, seed=1, **how)
+        return kind(collector, Uniform(), **{"data": "pairs", "batch_size": 4} | more)
 
     return make
 
@@ -215,7 +217,7 @@ def test_both_sides_of_a_state_share_it_and_a_random_one_goes_on(feed: Make, mod
     from diffalign.branching import branch
 
     f = feed("state")
-    items, settings = f._plan(0)[0], f.spec.rollout
+    items, settings = f.collector._plan(0)[0], f.spec.rollout
     chosen = set()
     for epoch in range(4):
         made = branch(model, items, settings, 1, epoch, 3, lambda rows, slots, x0: None)
@@ -256,7 +258,7 @@ def test_two_processes_see_the_pairs_of_one(feed: Make, credit: str) -> None:
     list(alone.batches(0))
     for rank in (0, 1):
         shared = feed(credit, rank=rank, world=2)
-        shared.gather = lambda values: torch.cat([values, values])
+        shared.collector.gather = lambda values: torch.cat([values, values])
         list(shared.batches(0))
         assert len(shared.blocks) == 1
         for name in ("x", "x_next", "mean"):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -25,6 +25,16 @@ class Block:
     """(B,)"""
     rewards: Tensor
     """(B,) the weighted sum of the rewards."""
+
+    def state(self) -> dict[str, Any]:
+        """All but the items, as tensors and plain values."""
+        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "items"}
+        return kept | {"paths": self.paths.state()}
+
+    @classmethod
+    def of(cls, items: list[Item], state: dict[str, Any]) -> Self:
+        """Back from what :meth:`state` gave."""
+        return cls(items, **state | {"paths": Trajectories.of(state["paths"])})
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from diffalign.objectives import Need, PairTerms, Terms
 from diffalign.pairs import Group
 from diffalign.rollout import replay
 from diffalign.sampling import Item
+from diffalign.train.collecting import Collector
 from diffalign.train.online_feed import OnlineFeed
 from diffalign.train.samples import Block
 
@@ -42,8 +43,69 @@ class Fork(Block):
     """(B, S) bool, no tie."""
 
 
-FORKED = ("chosen", "rejected", "scores", "decided")
-"""What a fork has beside a block."""
+class ForkCollector(Collector):
+    """Of ``online.credit: state``: at each trained step several candidates from one state, by what becomes of them.
+
+    A trajectory takes the place of a group, and ``rollout.batch_size`` counts candidates.
+    """
+
+    made_of = Fork
+
+    def _plan(self, epoch: int) -> list[list[Item]]:
+        return [block[:: self.spec.group_size] for block in super()._plan(epoch)]
+
+    @torch.no_grad()
+    def __call__(self, epoch: int) -> tuple[list[Block], dict[str, float]]:
+        self._follow(epoch)
+        made = []
+        with self._sampling(), ThreadPoolExecutor(1) as scoring:
+            for items in self._plan(epoch):
+                made.append((items, *self._forked(items, epoch, scoring)))
+        forks = [self._fork(items, paths, candidates, values) for items, paths, candidates, values in made]
+        self.epoch = epoch
+        values = self.gather(torch.stack([v for *_, v in made], 1).transpose(0, 1).contiguous()).double()
+        total = self.rewards.total(values.transpose(0, 1))
+        self.rewards.check_left(total)
+        decided = self.gather(torch.stack([b.decided.float() for b in forks]))
+        within = (total - total.nanmean(-1, keepdim=True)).square().nanmean(-1).sqrt()
+        facts = {"reward": total, "reward_std": within, "decided": decided, "epoch": torch.tensor(float(epoch))}
+        facts |= {name: values[:, i] for i, name in enumerate(self.rewards.names)}
+        return list(forks), {f"rollout/{name}": value.nanmean().item() for name, value in facts.items()}
+
+    def _forked(self, items: Sequence[Item], epoch: int, scoring: ThreadPoolExecutor) -> tuple[Any, Tensor, Tensor]:
+        """Paths, candidates (B, S, K, C, H, W) and rewards (names, B, S, K): a step is scored while others are made."""
+        spec, asked = self.spec, list[tuple[list[int], list[int], Future[Tensor]]]()
+
+        def see(rows: list[int], slots: list[int], x0: Tensor) -> None:
+            texts = [items[row].prompt.text for row in rows for _ in range(spec.group_size)]
+            asked.append(
+                (rows, slots, scoring.submit(self.rewards, to_uint8(self.model.decode(x0.flatten(0, 1))).cpu(), texts))
+            )
+
+        made = branch(self.model, items, spec.rollout, self.seed, epoch, spec.group_size, see)
+        self.unpaid += made.passes * self.branches
+        values = torch.empty(len(self.rewards.names), *made.candidates.shape[:3])
+        for rows, slots, found in asked:
+            values[:, rows, slots] = found.result().view(len(values), len(rows), spec.group_size)
+        return made.paths, made.candidates, values
+
+    def _fork(self, items: list[Item], paths: Any, candidates: Tensor, values: Tensor) -> Fork:
+        """The two of each state's candidates that the rule picks; the first two, undecided, where it finds a tie."""
+        total = self.rewards.total(values.double())
+        b, s, _ = total.shape
+        best, worst = torch.zeros(b, s, dtype=torch.long), torch.ones(b, s, dtype=torch.long)
+        decided = torch.zeros(b, s, dtype=torch.bool)
+        for row in range(b):
+            for slot in range(s):
+                rewards = total[row, slot].tolist()
+                found = self.spec.rule(Group(rewards)) if all(r == r for r in rewards) else []
+                if found:
+                    best[row, slot], worst[row, slot], decided[row, slot] = found[0].chosen, found[0].rejected, True
+        i, j = torch.arange(b)[:, None], torch.arange(s)
+        scores = torch.stack([total[i, j, best], total[i, j, worst]], -1).nan_to_num(0).float()
+        mean = total.flatten(1).nanmean(1).float()
+        chosen, rejected = candidates[i, j, best], candidates[i, j, worst]
+        return Fork(items, paths, torch.zeros(b), mean, chosen, rejected, scores, decided)
 
 
 @dataclass(frozen=True)
@@ -70,16 +132,13 @@ class StepPairs:
 class StepwiseFeed(OnlineFeed):
     """``online.credit`` steps and trajectory: stored steps go by the preference between finished images of their group."""
 
-    def batches(self, step: int) -> Iterator[StepPairs]:  # type: ignore[override]
+    def batches(self, step: int) -> Iterator[StepPairs]:
         """This process's micro-batches of one optimizer step, as many in every process; the first of an epoch samples."""
-        epoch, part = divmod(step, self.spec.steps_per_rollout)
-        if epoch != self.epoch:
-            self._collect(epoch, step)
-        inner, update = divmod(part, self.spec.updates)
+        inner, update = self._begin(step)
         found = [x for block in self._chunk(self.blocks, inner, update) for x in self._of(block)]
-        total = self.gather(torch.tensor([sum(x.weight.sum().item() for x in found)])).sum().item()
+        total = self.collector.gather(torch.tensor([sum(x.weight.sum().item() for x in found)])).sum().item()
         for x in found:  # the loop takes means of means; the mean of all pairs is wanted
-            yield replace(x, weight=x.weight * len(x) * len(found) * self.world / max(total, 1.0))
+            yield replace(x, weight=x.weight * len(x) * len(found) * self.collector.world / max(total, 1.0))
 
     def terms(self, model: Model, batch: Any, needs: frozenset[Need], reference: str = "reference") -> Terms:
         """Errors of steps, (P,) each; those of a trajectory are summed over its steps."""
@@ -122,7 +181,7 @@ class StepwiseFeed(OnlineFeed):
         if "old" in needs and len(batch.slots) > 1:
             found["log_ratios"] = (before - here).permute(2, 0, 1)
         when = 1 - paths.steps[:, batch.slots].double().mean(1) / settings.num_inference_steps
-        cost, self.unpaid = len(rows) * len(batch.slots) * passes * self._branches + self.unpaid, 0
+        cost = len(rows) * len(batch.slots) * passes * self.collector.branches + self.collector.charge()
         return PairTerms(winner, loser, **found, t=when[win], weight=batch.weight.to(winner), images=batch.fresh, cost=cost)
 
     def _of(self, block: Block) -> Iterator[StepPairs]:
@@ -149,81 +208,7 @@ class StepwiseFeed(OnlineFeed):
 
 
 class StateFeed(StepwiseFeed):
-    """``online.credit: state``: at each trained step the best candidate against the worst, from one state.
-
-    A trajectory takes the place of a group, and ``rollout.batch_size`` counts candidates.
-    """
-
-    blocks: list[Fork]  # type: ignore[assignment]
-
-    def state(self) -> dict[str, Any]:
-        kept = super().state()
-        for saved, fork in zip(kept["blocks"], self.blocks, strict=True):
-            saved |= {name: getattr(fork, name) for name in FORKED}
-        return kept
-
-    def restore(self, state: dict[str, Any]) -> None:
-        super().restore(state)
-        self.blocks = [
-            Fork(**{f.name: getattr(b, f.name) for f in fields(Block)}, **{n: s[n] for n in FORKED})
-            for b, s in zip(self.blocks, state["blocks"], strict=True)
-        ]
-
-    def _plan(self, epoch: int) -> list[list[Item]]:
-        return [block[:: self.spec.group_size] for block in super()._plan(epoch)]
-
-    @torch.no_grad()
-    def _collect(self, epoch: int, step: int) -> None:
-        self._follow(epoch)
-        made = []
-        with self._sampling(), ThreadPoolExecutor(1) as scoring:
-            for items in self._plan(epoch):
-                made.append((items, *self._forked(items, epoch, scoring)))
-        self.blocks = [self._fork(items, paths, candidates, values) for items, paths, candidates, values in made]
-        self.epoch = epoch
-        values = self.gather(torch.stack([v for *_, v in made], 1).transpose(0, 1).contiguous()).double()
-        total = self.rewards.total(values.transpose(0, 1))
-        self.rewards.check_left(total)
-        decided = self.gather(torch.stack([b.decided.float() for b in self.blocks]))
-        within = (total - total.nanmean(-1, keepdim=True)).square().nanmean(-1).sqrt()
-        facts = {"reward": total, "reward_std": within, "decided": decided, "epoch": torch.tensor(float(epoch))}
-        facts |= {name: values[:, i] for i, name in enumerate(self.rewards.names)}
-        self.log(step + 1, {f"rollout/{name}": value.nanmean().item() for name, value in facts.items()})
-
-    def _forked(self, items: Sequence[Item], epoch: int, scoring: ThreadPoolExecutor) -> tuple[Any, Tensor, Tensor]:
-        """Paths, candidates (B, S, K, C, H, W) and rewards (names, B, S, K): a step is scored while others are made."""
-        spec, asked = self.spec, list[tuple[list[int], list[int], Future[Tensor]]]()
-
-        def see(rows: list[int], slots: list[int], x0: Tensor) -> None:
-            texts = [items[row].prompt.text for row in rows for _ in range(spec.group_size)]
-            asked.append(
-                (rows, slots, scoring.submit(self.rewards, to_uint8(self.model.decode(x0.flatten(0, 1))).cpu(), texts))
-            )
-
-        made = branch(self.model, items, spec.rollout, self.seed, epoch, spec.group_size, see)
-        self.unpaid += made.passes * self._branches
-        values = torch.empty(len(self.rewards.names), *made.candidates.shape[:3])
-        for rows, slots, found in asked:
-            values[:, rows, slots] = found.result().view(len(values), len(rows), spec.group_size)
-        return made.paths, made.candidates, values
-
-    def _fork(self, items: list[Item], paths: Any, candidates: Tensor, values: Tensor) -> Fork:
-        """The two of each state's candidates that the rule picks; the first two, undecided, where it finds a tie."""
-        total = self.rewards.total(values.double())
-        b, s, _ = total.shape
-        best, worst = torch.zeros(b, s, dtype=torch.long), torch.ones(b, s, dtype=torch.long)
-        decided = torch.zeros(b, s, dtype=torch.bool)
-        for row in range(b):
-            for slot in range(s):
-                rewards = total[row, slot].tolist()
-                found = self.spec.rule(Group(rewards)) if all(r == r for r in rewards) else []
-                if found:
-                    best[row, slot], worst[row, slot], decided[row, slot] = found[0].chosen, found[0].rejected, True
-        i, j = torch.arange(b)[:, None], torch.arange(s)
-        scores = torch.stack([total[i, j, best], total[i, j, worst]], -1).nan_to_num(0).float()
-        mean = total.flatten(1).nanmean(1).float()
-        chosen, rejected = candidates[i, j, best], candidates[i, j, worst]
-        return Fork(items, paths, torch.zeros(b), mean, chosen, rejected, scores, decided)
+    """``online.credit: state``: at each trained step the best candidate against the worst, from one state."""
 
     def _of(self, block: Block) -> Iterator[StepPairs]:
         """Step by step, what is decided; what is not costs nothing."""
