@@ -169,7 +169,7 @@ DIT_ROWS = {name: ROWS[name] for name in SHARED} | {
         "SmPO, LoRA",
         (
             "objective={type: smpo, beta: 100, gamma: 2}", "data.p_win_scale=10",
-            "coupling={noise: inverted, inversion_steps: 5, renoise: 1}",
+            "coupling={noise: inverted, inversion_steps: 5, renoise: 1}", "train.learning_rate=2e-4",
         ),
     ),
     "linear-lora": Row(
