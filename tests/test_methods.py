@@ -20,7 +20,7 @@ from diffalign.data.examples import Example, labels_of, of_pair, read_groups, re
 from diffalign.data.pairs import Pair, Picture, flipped, read_pairs, shuffled_labels
 from diffalign.errors import ConfigError, DataError
 from diffalign.models import LoRA, ModelSpec
-from diffalign.models.pipeline import NoisePrediction
+from diffalign.models.paths import NoisePrediction
 from diffalign.objectives import OBJECTIVES, GroupTerms, PairTerms, Total
 from diffalign.objectives.safeguards import protected
 from diffalign.path import Coeffs, add_noise, split, target

@@ -10,7 +10,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from diffalign.errors import ModelError
 from diffalign.models.base import Cond, ModelSpec
-from diffalign.models.pipeline import FlowMatching
+from diffalign.models.paths import FlowMatching
 
 
 class Flux(FlowMatching):

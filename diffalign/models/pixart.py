@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffalign.models import lora
 from diffalign.models.base import Cond, ModelSpec
-from diffalign.models.pipeline import NoisePrediction
+from diffalign.models.paths import NoisePrediction
 
 
 class PixArt(NoisePrediction):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from diffalign.models.base import Cond
-from diffalign.models.pipeline import FlowMatching
+from diffalign.models.paths import FlowMatching
 
 
 class SD3(FlowMatching):

@@ -13,7 +13,7 @@ from torch import Tensor, cat, tensor
 from diffalign.errors import ModelError
 from diffalign.models.base import Cond, ModelSpec
 from diffalign.models.clip import Chunks
-from diffalign.models.pipeline import NoisePrediction
+from diffalign.models.paths import NoisePrediction
 
 
 class SDXL(NoisePrediction):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffalign.models.base import Cond
 from diffalign.models.clip import Chunks
-from diffalign.models.pipeline import NoisePrediction
+from diffalign.models.paths import NoisePrediction
 
 
 class StableDiffusion(NoisePrediction):
