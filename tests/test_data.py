@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -256,6 +258,34 @@ def test_the_cache_computes_once_and_heals(tmp_path: Path, caplog: pytest.LogCap
     healed.fill(["a", "b"], make)
     assert healed.made == 2
     assert healed["a"]["x"].item() == 0.0
+
+
+def test_the_cache_is_not_held_in_memory(tmp_path: Path) -> None:
+    """64 MiB of entries, made and read again by one process, whose own memory grows by little more than a shard's 16."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("no /proc: the memory of a process cannot be split into its own and that of files")
+    code = f"""
+import re
+from pathlib import Path
+import safetensors.torch, torch
+from diffalign.data.cache import TensorCache
+
+def own():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+cache, keys = TensorCache(Path({str(tmp_path)!r})), [str(n) for n in range(1024)]
+make = lambda rows: {{"x": torch.rand(len(rows), 1 << 14)}}
+make([0])
+before = own()
+cache.fill(keys, make)
+mean = sum(cache[key]["x"].mean().item() for key in keys) / len(keys)
+print(own() - before, mean)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    grown, mean = map(float, done.stdout.split())
+    assert grown < 40
+    assert mean == pytest.approx(0.5, abs=0.01)
 
 
 def test_a_bar_shows_what_is_encoded_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -20,29 +21,33 @@ SHARD, BATCH = 256, 32
 class TensorCache:
     """A folder of safetensors shards; an entry is a few named tensors under one content key.
 
-    A damaged shard is dropped and its entries are made again.
+    Entries are views of their files, which the system reads as they are asked for and may forget again: memory holds the
+    keys, whatever the size of the dataset. A damaged shard is dropped and its entries are made again.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.entries: dict[str, dict[str, Tensor]] = {}
         self.made = 0
+        self._where: dict[str, tuple[Any, list[str]]] = {}
+        """The open shard of a key, and the names of its tensors."""
         for shard in sorted(folder.glob("*.safetensors")):
-            self._read(shard)
+            self._open(shard)
 
-    def _read(self, shard: Path) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+    def _open(self, shard: Path) -> None:
+        from safetensors import SafetensorError, safe_open
 
         try:
-            stored = load_file(shard)
+            stored: Any = safe_open(shard, "pt")
         except (SafetensorError, OSError, ValueError) as e:
             log.warning("dropping the damaged cache shard %s (%s); its entries are made again", shard, e)
             shard.unlink(missing_ok=True)
             return
-        for name, tensor in stored.items():
+        names: list[str] = stored.keys()
+        for name in names:
             key, _, part = name.partition("/")
-            self.entries.setdefault(key, {})[part] = tensor
+            if key not in self._where or self._where[key][0] is not stored:
+                self._where[key] = stored, []
+            self._where[key][1].append(part)
 
     def fill(
         self, keys: Sequence[str], make: Callable[[list[int]], dict[str, Tensor]], batch: int = BATCH, unit: str | None = None
@@ -56,7 +61,7 @@ class TensorCache:
 
         first: dict[str, int] = {}
         for i, key in enumerate(keys):
-            if key not in self.entries:
+            if key not in self._where:
                 first.setdefault(key, i)
         missing = list(first.values())
         hidden = unit is None or not missing
@@ -72,10 +77,12 @@ class TensorCache:
                 bar.update(len(some))
             flat = {f"{key}/{part}": tensor for key, parts in new.items() for part, tensor in parts.items()}
             name = hashlib.sha256("".join(sorted(new)).encode()).hexdigest()[:16]
-            atomic(self.folder / f"{name}.safetensors", partial(save_file, flat))
-            self.entries |= new
+            shard = self.folder / f"{name}.safetensors"
+            atomic(shard, partial(save_file, flat))
+            self._open(shard)
             self.made += len(rows)
         bar.close()
 
     def __getitem__(self, key: str) -> dict[str, Tensor]:
-        return self.entries[key]
+        shard, parts = self._where[key]
+        return {part: shard.get_tensor(f"{key}/{part}") for part in parts}
