@@ -34,21 +34,22 @@ benchmarks/leaderboard.py table`."""
 
 SHOWN = """## What it shows, and what it does not
 
-It shows that most of these losses learn what the pairs say: on the UNet nine of them beat SFT on the winners, and \
-shuffled labels gain nothing. Diffusion-NPO, DSPO, MaPO and Diffusion-DRO did not beat SFT with the better of their \
-two trials, and robust DPO on flipped labels did not gain: they are shown as they are. Three things moved the result \
-more than the choice among the losses that work. Where pairs come from: fresh ones, in rounds or online, gain nearly \
-twice as much from the same loss. Who labels them: see the quality of labels. How strong the loss is: several losses \
-of regression and of lists were near SFT at the main job's beta and near the top at a smaller one \
-(`benchmarks/results/trials.jsonl`). The base at guidance 4, which nobody trained, stands among the best losses on \
-stored pairs.
+It shows that most of these losses learn what the pairs say: nine surely beat SFT on the winners on the UNet and eleven \
+on the flow world, where half the steps gain about half as much, and shuffled labels gain nothing. DSPO, MaPO and \
+Diffusion-DRO beat SFT on neither with the best of their trials, and robust DPO on flipped labels gained no more than DPO \
+on the same labels: they are shown as they are. Three things moved the result more than the choice among the losses that \
+work. Where pairs come from: fresh ones, in rounds or online, gain nearly twice as much from the same loss. Who labels \
+them: see the quality of labels. How strong the loss is: several losses of regression and of lists were near SFT at the \
+main job's beta and near the top at a smaller one (`benchmarks/results/trials.jsonl`). The base at guidance 4, which \
+nobody trained, stands among the best losses on stored pairs.
 
 It does not show that one of these losses is better than Diffusion-DPO at the same pairs and passes: no such \
-difference stands after Holm's correction with three seeds, two trials find nobody's best settings, and rows of one \
-seed are a first look. It says nothing of real pictures, of people's tastes, of larger models, or of what noise in the \
+difference stands after Holm's correction with three seeds, two trials find nobody's best settings, the order is not the \
+same on the two worlds (RDP, near the top of one, is surely below DPO on the other), and rows of one seed, whose settings \
+were not tried on select, are a first look. It says nothing of real pictures, of people's tastes, of larger models, or of what noise in the \
 labels does to losses other than DPO and robust DPO. Passes count training and not the sampling of stored pairs. A \
-gain in exact may cost variety: see diversity. No row is there for DCPO, RPO and VideoDPO's weights, whose kind of \
-data the built-in world's pairs are not; reconstructions have none either."""
+gain in exact may cost variety: see diversity. No row is there for RPO, whose \
+pictures of a subject the built-in world does not have; reconstructions have none either."""
 
 
 @dataclass(frozen=True)
