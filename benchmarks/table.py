@@ -45,11 +45,11 @@ nobody trained, stands among the best losses on stored pairs.
 
 It does not show that one of these losses is better than Diffusion-DPO at the same pairs and passes: no such \
 difference stands after Holm's correction with three seeds, two trials find nobody's best settings, the order is not the \
-same on the two worlds (RDP, near the top of one, is surely below DPO on the other), and rows of one seed, whose settings \
-were not tried on select, are a first look. It says nothing of real pictures, of people's tastes, of larger models, or of what noise in the \
-labels does to losses other than DPO and robust DPO. Passes count training and not the sampling of stored pairs. A \
-gain in exact may cost variety: see diversity. No row is there for RPO, whose \
-pictures of a subject the built-in world does not have; reconstructions have none either."""
+same on the two worlds (RDP, near the top of one, is surely below DPO on the other), and rows of one seed, most of them \
+at settings that were not tried, are a first look. It says nothing of real pictures, of people's tastes, of larger \
+models, or of what noise in the labels does to losses other than DPO and robust DPO. Passes count training and not the \
+sampling of stored pairs. A gain in exact may cost variety: see diversity. No row is there for RPO, whose pictures of a \
+subject the built-in world does not have; reconstructions have none either."""
 
 
 @dataclass(frozen=True)
