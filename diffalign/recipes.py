@@ -250,7 +250,8 @@ def train_once(config: TrainConfig, pairs: Rows | None = None, given: InMemory |
     if cut and main:
         log.warning("%d prompts are longer than the text encoder reads, and are cut", cut)
     state.feed, state.limits = feed, Limits(config.watch.limits if config.watch else None)
-    watcher = make_watcher(config, model, watched, feed, dict(zip(config.evaluate.scorers, scorers, strict=True)))
+    reward = feed.rewards.judge if isinstance(feed, OnlineFeed | DirectFeed) else None
+    watcher = make_watcher(config, model, watched, reward, dict(zip(config.evaluate.scorers, scorers, strict=True)))
     if checkpoint is not None:
         state.load(checkpoint)
     noise = check_ratio(config, feed, accelerator.autocast) if isinstance(feed, OnlineFeed) and feed.collector.replays else {}

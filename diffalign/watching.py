@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field, field_validator
 
@@ -15,7 +15,7 @@ from diffalign.scorers import SCORERS
 from diffalign.scorers.combine import COMBINED, members_of
 from diffalign.scoring import ShapesScorer, make_scorers
 from diffalign.spec import Spec, did_you_mean
-from diffalign.train.watch import PREFIX, STATISTICS, Limit, Watcher
+from diffalign.train.watch import PREFIX, STATISTICS, Judge, Limit, Watcher
 
 if TYPE_CHECKING:
     from diffalign.models import Model
@@ -164,9 +164,9 @@ def _as_evaluation(c: TrainConfig) -> EvaluateSpec:
 
 
 def make_watcher(
-    c: TrainConfig, model: Model, prompts: Sequence[Prompt], feed: Any, made: Mapping[str, Scorer]
+    c: TrainConfig, model: Model, prompts: Sequence[Prompt], reward: Judge | None, made: Mapping[str, Scorer]
 ) -> Callable[[int], dict[str, float]] | None:
-    """A watcher; None where nothing is watched. ``made`` are scorers that there are already, ``feed`` holds the reward."""
+    """A watcher; None where nothing is watched. ``made`` are scorers that there are already, ``reward`` that of training."""
     if c.watch is None:
         return None
 
@@ -185,6 +185,6 @@ def make_watcher(
         Path(c.output_dir),
         per_prompt=c.watch.images_per_prompt,
         seed=c.evaluate.seed,
-        reward=getattr(getattr(feed, "rewards", None), "judge", None),
+        reward=reward,
         check=check,
     )

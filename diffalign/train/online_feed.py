@@ -38,6 +38,7 @@ class OnlineFeed:
     ) -> None:
         self.collector, self.timesteps, self.data = collector, timesteps, data
         self.model, self.prompts, self.spec, self.seed = collector.model, collector.prompts, collector.spec, collector.seed
+        self.rewards = collector.rewards
         self.batch_size, self.coupling, self.log = batch_size, coupling or Coupling(), log
         self.blocks: list[Block] = []
         self._encoded: tuple[Block | None, Any, Any] = (None, None, None)
@@ -76,7 +77,7 @@ class OnlineFeed:
 
     def totals(self) -> dict[str, Any]:
         """What was spent beside denoiser passes."""
-        return {"reward_calls": self.collector.rewards.calls * self.collector.world}
+        return {"reward_calls": self.rewards.calls * self.collector.world}
 
     # --- micro-batches ------------------------------------------------------------------------------------------------
 

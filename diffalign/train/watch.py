@@ -25,6 +25,8 @@ from diffalign.scorers import Scorer
 from diffalign.spec import Spec
 from diffalign.train.evaluate import Evaluation, evaluate
 
+Judge = Callable[[Tensor, Sequence[str]], Tensor]
+"""A reward, (B,), of pixels (B, 3, H, W) in [0, 1] and their prompts."""
 PREFIX = "watch/"
 NORM = "prediction_norm"
 DISTANCE = "reference_distance"
@@ -123,7 +125,7 @@ class Watcher:
         *,
         per_prompt: int = 2,
         seed: int = 0,
-        reward: Callable[[Tensor, Sequence[str]], Tensor] | None = None,
+        reward: Judge | None = None,
         check: Callable[[Mapping[str, float]], object] = lambda values: None,
     ) -> None:
         """``reward`` is that of training, (B,) of pixels (B, 3, H, W) in [0, 1] and prompts.
