@@ -115,13 +115,15 @@ ROWS |= {
     ),
 }  # fmt: skip
 ONCE = {
-    "inversion-lora": ("DDIM-Inversion PO, LoRA", ("coupling={noise: inverted, inversion_steps: 5}",)),
+    "inversion-lora": (
+        "DDIM-Inversion PO, LoRA", ("coupling={noise: inverted, inversion_steps: 5}", "train.learning_rate=2e-4"),
+    ),
     "rethinking-lora": (
         "Rethinking DPO, LoRA",
         ("reference={type: periodic, every: 32, max_drift: 0.005}",
          "timesteps={type: skewed, gamma_rank: 0.9, weighting: low_snr}"),
     ),
-    "dmpo-lora": ("DMPO, LoRA", ("objective={type: dmpo, beta: 2000, alpha: 0.01}",)),
+    "dmpo-lora": ("DMPO, LoRA", ("objective={type: dmpo, beta: 2000, alpha: 0.01}", "train.learning_rate=5e-4")),
     "apo-lora": ("APO-zero, LoRA", ("objective={type: apo_zero, beta: 2000}",)),
     "simpo-lora": ("SimPO with SFT, LoRA", ("objective=[{type: simpo, beta: 500}, {type: sft}]",)),
     "cpo-lora": ("CPO, LoRA", ("objective={type: cpo, beta: 500}",)),
