@@ -42,6 +42,23 @@ def test_every_row_of_labels_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
         assert {f"{name}-lora" for name in core} | {"dpo-flipped", "robust-flipped"} <= rows.keys()
 
 
+def test_rows_are_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from leaderboard import ROOT, WORLDS
+
+    from diffalign.own_pairs import PairsConfig
+    from diffalign.recipes import TrainConfig
+    from diffalign.selection import SelectConfig
+    from diffalign.spec import load, validate
+
+    for world in WORLDS.values():
+        for row in world.rows.values():
+            file = ROOT / "configs" / row.config if row.config else world.config
+            load(TrainConfig, file, [*row.overrides, "output_dir=x"])
+            validate(PairsConfig, {**row.pairs, "output_dir": "x"})
+            validate(SelectConfig, {"path": "x", "reward": {"score": 1.0}, **row.chosen, "output_dir": "y"})
+
+
 def test_variants_of_the_studies_are_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     from studies import ALL
