@@ -39,9 +39,10 @@ on the flow world, where half the steps gain about half as much, and shuffled la
 Diffusion-DRO beat SFT on neither with the best of their trials, and robust DPO on flipped labels gained no more than DPO \
 on the same labels: they are shown as they are. Three things moved the result more than the choice among the losses that \
 work. Where pairs come from: fresh ones, in rounds or online, gain nearly twice as much from the same loss. Who labels \
-them: see the quality of labels. How strong the loss is: several losses of regression and of lists were near SFT at the \
-main job's beta and near the top at a smaller one (`benchmarks/results/trials.jsonl`). The base at guidance 4, which \
-nobody trained, stands among the best losses on stored pairs.
+them: see the quality of labels. How strong the loss is, and its rate: several losses of regression and of \
+lists were near SFT at the main job's beta and near the top at a smaller one, and DMPO and noise by inversion (SmPO, \
+DDIM-Inversion PO) broke the model at its rate and learned at a lower one (`benchmarks/results/trials.jsonl`). The base at \
+guidance 4, which nobody trained, stands among the best losses on stored pairs.
 
 It does not show that one of these losses is better than Diffusion-DPO at the same pairs and passes: no such \
 difference stands after Holm's correction with three seeds, two trials find nobody's best settings, the order is not the \
@@ -146,7 +147,7 @@ def versus(named: Mapping[str, Entry]) -> str:
 
 
 def figure(worlds: Mapping[str, Sequence[Entry]]) -> str:
-    """The gains of each world as bars, an SVG; what is not trained is grey."""
+    """The gains of each world as bars, an SVG; what is not trained is grey, one training seed is pale."""
     import io
 
     import matplotlib as mpl
@@ -162,7 +163,8 @@ def figure(worlds: Mapping[str, Sequence[Entry]]) -> str:
         for axes, (title, found) in zip(every, shown.items(), strict=True):
             for y, e in enumerate(reversed(found)):
                 by = e.estimate
-                axes.barh(y, by.value, height=0.7, color="#1f77b4" if e.trained else "#9aa0a6")
+                colour = "#9aa0a6" if not e.trained else "#1f77b4" if len(e.runs) > 1 else "#9cc7e6"
+                axes.barh(y, by.value, height=0.7, color=colour)
                 axes.plot([by.low, by.high], [y, y], color="black", lw=1)
             axes.set_yticks(range(len(found)), [e.name for e in reversed(found)])
             axes.set_ylim(-0.7, len(found) - 0.3)
@@ -171,7 +173,9 @@ def figure(worlds: Mapping[str, Sequence[Entry]]) -> str:
             axes.grid(axis="x", alpha=0.25)
             axes.spines[["top", "right", "left"]].set_visible(False)
             axes.tick_params(axis="y", length=0)
-        every[-1].set_xlabel("gain over the base in the share of test images that are exact, with 95 % intervals")
+        every[-1].set_xlabel(
+            "gain over the base in the share of test images that are exact, with 95 % intervals\ngrey: not trained; pale: one training seed"
+        )
         buffer = io.StringIO()
         drawn.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
