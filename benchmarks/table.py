@@ -173,9 +173,8 @@ def figure(worlds: Mapping[str, Sequence[Entry]]) -> str:
             axes.grid(axis="x", alpha=0.25)
             axes.spines[["top", "right", "left"]].set_visible(False)
             axes.tick_params(axis="y", length=0)
-        every[-1].set_xlabel(
-            "gain over the base in the share of test images that are exact, with 95 % intervals\ngrey: not trained; pale: one training seed"
-        )
+        said = "gain over the base in the share of test images that are exact, with 95 % intervals"
+        every[-1].set_xlabel(f"{said}\ngrey: not trained; pale: one training seed")
         buffer = io.StringIO()
         drawn.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
