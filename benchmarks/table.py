@@ -25,11 +25,11 @@ learning rate or rank for large models.
 
 {prompts} test prompts x {per_prompt} seeds, paired with the base at the same seeds; intervals are a bootstrap over \
 prompts crossed with training seeds. Settings were chosen on the select split, and `trials` counts how many were tried \
-there: two for a method of the core, the main job's and one with its own strength changed; more for DPO and SFT, which \
-set the main job; at 0 the main job's were taken as they are. Drift: how much the denoising error on held-out winners \
-and losers rose. Passes: forwards of one image through the denoiser, a backward counted twice, policy and reference, and \
-of `online-` rows the sampling while they train; that of stored pairs is not in it. Facts: the share that holds for the \
-exact judge; second: for the second judge, which labelled nothing but `dpo-ensemble`. Printed by `python \
+there: two for a method of the core, the main job's and one with its own strength or rate changed; more for DPO and SFT, \
+which set the main job; at 0 the main job's were taken as they are. Drift: how much the denoising error on held-out \
+winners and losers rose. Passes: forwards of one image through the denoiser, a backward counted twice, policy and \
+reference, and of rows that sample as they train that sampling; that of stored pairs is not in it. Facts: the share that \
+holds for the exact judge; second: for the second judge, which labelled nothing but `dpo-ensemble`. Printed by `python \
 benchmarks/leaderboard.py table`."""
 
 SHOWN = """## What it shows, and what it does not
