@@ -199,6 +199,20 @@ def test_dppo_drops_what_is_far_and_goes_further(kl: float, log_ratio: float, ad
     assert FlowDPPO(tau=1e-5)(t, {}).metrics["ratio/clipped"].item() == (not kept)
 
 
+def test_dppo_in_numpy() -> None:
+    """From densities and means, the mask as the authors' code words it: far, likelier and good; or far, less likely and bad."""
+    s = Step(rows=400, moved=0.05)
+    x, mu, old, std = (v.detach().numpy() for v in (s.x, s.mean, s.old, s.std[:, None]))
+    log_p = lambda m: (-((x - m) ** 2) / (2 * std**2) - np.log(std)).mean(1)  # noqa: E731
+    rho, kl, a = np.exp(log_p(mu) - log_p(old)), ((mu - old) ** 2 / (2 * std**2)).mean(1), s.advantage.numpy()
+    tau = float(np.median(kl))
+    far = ~(kl < tau)
+    dropped = (far & (rho > 1) & (a > 0)) | (far & (rho < 1) & (a < 0))
+    out = FlowDPPO(tau=tau)(s.terms(), {})
+    np.testing.assert_allclose(out.loss.detach().numpy(), np.where(dropped, 0, -a * rho), rtol=1e-9)
+    assert 0.1 < dropped.mean() < far.mean()
+
+
 @pytest.mark.parametrize("name", ["reinforce", "ppo", "grpo_guard", "flow_dppo"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_row_without_advantage_gives_exactly_no_gradient(name: str, dtype: torch.dtype) -> None:

@@ -121,8 +121,8 @@ class FlowDPPO(PolicyGradient):
     tau: float = Field(default=1e-5, gt=0)
     """Largest KL of a step to the policy that sampled."""
 
-    paper: ClassVar[str] = "Flow-DPPO, after Qi et al. 2026 (DPPO), arXiv 2602.04879"
-    checked: ClassVar[str] = "a description of UniRL's and verl-omni's code, not the code itself; the four cases of the mask"
+    paper: ClassVar[str] = "Ping et al. 2026 (Flow-DPPO), arXiv 2606.11025"
+    checked: ClassVar[str] = f"{CODE} (UniRL), and the same in verl-omni and Flow-Factory; the cases of the mask"
 
     def __call__(self, terms: StepTerms, state: dict[str, Tensor]) -> LossOutput:
         a, ratio = terms.advantage, ratio_of(terms.log_ratio)
