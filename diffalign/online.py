@@ -43,7 +43,7 @@ CLIP_OVER_NOISE = 10.0
 
 OWN: dict[Data, frozenset[Need]] = {
     "steps": frozenset({"reference"}),
-    "images": frozenset({"reference", "old", "residual", "distance"}),
+    "images": frozenset({"reference", "old", "residual", "distance", "average"}),
     "labels": frozenset({"reference", "distance"}),
     "groups": frozenset({"reference", "scores"}),
     "pairs": frozenset({"loser", "reference", "scores", "distance", "overlap"}),
@@ -75,6 +75,8 @@ def consistent(c: TrainConfig) -> None:
         return
     without_data(c, "online")
     scorers_exist(online.reward.scorers, "online")
+    if ("average" in total.needs) != (online.average is not None):
+        raise ValueError("online.average and objective.near of awm belong together: set both or none")
     if c.train.gradient_accumulation_steps > 1:
         raise ValueError(
             "online.updates says how many optimizer steps a rollout makes: drop train.gradient_accumulation_steps"

@@ -26,7 +26,7 @@ from diffalign.objectives import (
 from diffalign.spec import Spec, dump
 
 T = TypeVar("T", bound=Terms)
-_ERRORS = ("winner", "loser", "error", "distance", "log_ratio", "kl_old", "kl_ref", "residual", "reward")
+_ERRORS = ("winner", "loser", "error", "distance", "distance_average", "log_ratio", "kl_old", "kl_ref", "residual", "reward")
 
 
 def random_terms(needs: frozenset[str], rows: int = 8, seed: int = 0) -> PairTerms:
@@ -86,10 +86,11 @@ def random_images(needs: frozenset[str], rows: int = 8, seed: int = 0) -> ImageT
     advantage = (0.1 + torch.rand(rows, generator=g, dtype=torch.double)) * (1 - 2 * (torch.arange(rows) % 2))
     residual = 0.4 * torch.randn(rows, 6, generator=g, dtype=torch.double)
     other = residual + 0.01 * torch.randn(rows, 6, generator=g, dtype=torch.double)
-    asked = "residual" in needs
+    asked, near = "residual" in needs, 1e-4 * torch.rand(rows, generator=g, dtype=torch.double)
     return ImageTerms(
         p.winner, advantage, old if "old" in needs else None, p.ref_winner if "reference" in needs else None,
         residual=residual if asked else None, residual_old=other if asked else None,
+        distance_average=near if "average" in needs else None,
         t=p.t, distance=p.distance if "distance" in needs else None, time=None if p.t is None else 3 * p.t / (1 + 2 * p.t),
     )  # fmt: skip
 
@@ -129,7 +130,7 @@ def at_start(terms: T) -> T:
     found = {k: v for k, ref in same.items() if (v := getattr(terms, ref, None)) is not None}
     sampled = {"old_winner": "winner", "old_loser": "loser", "old": "error"}
     found |= {old: found.get(k, getattr(terms, k)) for old, k in sampled.items() if getattr(terms, old, None) is not None}
-    zero = ("distance", "log_ratio", "kl_old", "kl_ref")
+    zero = ("distance", "distance_average", "log_ratio", "kl_old", "kl_ref")
     found |= {k: torch.zeros_like(v) for k in zero if (v := getattr(terms, k, None)) is not None}
     return replace(terms, **found)
 

@@ -24,7 +24,7 @@ from diffalign.recipes import TrainConfig, train
 from diffalign.spec import dump, validate
 from diffalign.timesteps import Uniform
 from diffalign.train.collecting import Collector
-from diffalign.train.online import OLD, Behaviour, Online
+from diffalign.train.online import AVERAGE, OLD, Behaviour, Online
 from diffalign.train.online_feed import OnlineFeed
 from diffalign.train.rewards import Rewards, RewardSpec
 from diffalign.train.tracking import read_metrics
@@ -302,12 +302,11 @@ def failed(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
     return [float("nan")] * len(images)
 
 
-def test_old_policy_follows_by_its_schedule(feed: Callable[..., OnlineFeed], model: Any) -> None:
-    """old <- d old + (1 - d) policy, d = min(rate (n - flat), most)."""
-    f = feed(
-        "images",
-        online(old={"rate": 0.5, "most": 0.75, "flat": 1}, rollout={"rule": {"type": "ode"}}),
-    )
+@pytest.mark.parametrize("what", [OLD, AVERAGE])
+def test_old_policy_and_average_follow_by_their_schedule(what: str, feed: Callable[..., OnlineFeed], model: Any) -> None:
+    """w <- d w + (1 - d) policy, d = min(rate (n - flat), most)."""
+    schedule: dict[str, Any] = {what: {"rate": 0.5, "most": 0.75, "flat": 1}}
+    f = feed("images", online(**schedule, rollout={"rule": {"type": "ode"}}))
     name = next(iter(model.named_weights.trainable()))
     p = model.named_weights.trainable()[name]
     start = p.detach().clone()
@@ -319,12 +318,34 @@ def test_old_policy_follows_by_its_schedule(feed: Callable[..., OnlineFeed], mod
             list(f.batches(epoch))
             now = torch.full_like(p, float(epoch))
             expected = now if expected is None else decay * expected + (1 - decay) * now
-            assert torch.allclose(model.named_weights.snapshots[OLD][name], expected)
+            assert torch.allclose(model.named_weights.snapshots[what][name], expected)
     finally:
         with torch.no_grad():
             p.copy_(start)
-        del model.named_weights.snapshots[OLD]
+        del model.named_weights.snapshots[what]
     assert Behaviour(rate=0.001, most=0.5).decay(10_000) == 0.5
+
+
+def test_the_distance_to_the_average_is_that_to_the_base_where_it_began(
+    feed: Callable[..., OnlineFeed], model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An average taken before the first step is the base: exactly 0 there, and the same distance after a move."""
+    f = feed("images", online(average={}, rollout={"rule": {"type": "ode"}}))
+    batch = next(f.batches(0))
+    needs = frozenset({"average", "reference", "distance"})
+    try:
+        still = f.terms(model, batch, needs)
+        with torch.no_grad():
+            for p in model.named_weights.trainable().values():
+                monkeypatch.setattr(p, "data", p.data + 0.05)
+        moved = f.terms(model, batch, needs)
+    finally:
+        del model.named_weights.snapshots[AVERAGE]
+    assert still.distance_average.tolist() == [0.0] * len(batch)
+    assert (moved.distance > 1e-6).all()
+    torch.testing.assert_close(moved.distance_average, moved.distance, rtol=1e-5, atol=0)
+    assert moved.distance_average.requires_grad
+    assert moved.cost - f.terms(model, batch, needs - {"average"}).cost == len(batch)
 
 
 # --- rewards ---------------------------------------------------------------------------------------------------------
@@ -514,6 +535,10 @@ def test_every_kind_of_objective_trains_on_its_own_samples(name: str, tiny: Path
 RESUMED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ppo": ({}, {}),
     "nft": ({"old": {"rate": 0.5}, "rollout": {"rule": {"type": "ode"}}}, {"objective": {"type": "nft"}}),
+    "awm": (
+        {"average": {"rate": 0.5}, "rollout": {"rule": {"type": "ode"}}},
+        {"objective": {"type": "awm", "near": 5.0}},
+    ),
     "oversample": ({"oversample": {"candidates": 3, "steps": 1}}, {}),
     "running": ({"advantages": {"baseline": "running", "min_count": 3, "buffer_size": 5}}, {}),
     "par": ({"advantages": {"shaping": "par"}}, {}),
@@ -665,6 +690,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "how sure a label is": ({"objective": {"type": "soft"}}, "needs p_win"),
     "a loss of smoothed labels": ({"objective": {"type": "smpo"}}, "needs p_win"),
+    "an average that no loss reads": ({"online": {"average": {}}}, "online.average and objective.near of awm belong together"),
+    "a loss that lacks its average": ({"objective": {"type": "awm", "near": 1.0}}, "set both or none"),
     "predictions at several times": ({"objective": {"type": "nft"}, "coupling": {"draws": 2}}, "drop coupling.draws"),
     "an unknown scorer": ({"online": {"reward": {"scorers": ["beauty"]}}}, "online.reward.scorers: unknown scorer 'beauty'"),
     "a misspelt weight": ({"online": {"reward": {"weights": {"brigthness": 1.0}}}}, "no scorer gives 'brigthness'"),

@@ -200,7 +200,7 @@ def test_dppo_drops_what_is_far_and_goes_further(kl: float, log_ratio: float, ad
 
 
 def test_dppo_in_numpy() -> None:
-    """From densities and means, the mask as the authors' code words it: far, likelier and good; or far, less likely and bad."""
+    """From densities and means, as the authors' code words the mask: far, likelier and good; or far, less likely and bad."""
     s = Step(rows=400, moved=0.05)
     x, mu, old, std = (v.detach().numpy() for v in (s.x, s.mean, s.old, s.std[:, None]))
     log_p = lambda m: (-((x - m) ** 2) / (2 * std**2) - np.log(std)).mean(1)  # noqa: E731
@@ -348,13 +348,14 @@ AWM_IN_NUMPY = {
 
 @pytest.mark.parametrize("weighting", AWM_IN_NUMPY)
 def test_awm_in_numpy(weighting: Weighting) -> None:
-    t = random_images(frozenset({"old", "distance", "reference"}))
+    t = random_images(frozenset({"old", "distance", "reference", "average"}))
     now, old, time, a = (x.double().numpy() for x in (t.error, t.old, t.time, t.advantage))
     log_p, log_p_old = (AWM_IN_NUMPY[weighting](-e, time) for e in (now, old))
     rho = np.exp(log_p - log_p_old)
     eps = 2e-4
     wanted = np.maximum(-a * rho, -a * np.clip(rho, 1 - eps, 1 + eps)) + 0.3 * t.distance.numpy()
-    out = AWM(weighting=weighting, clip_range=eps, beta=0.3)(t, {})
+    wanted = wanted + 2 * t.distance_average.numpy()
+    out = AWM(weighting=weighting, clip_range=eps, beta=0.3, near=2)(t, {})
     np.testing.assert_allclose(out.loss.numpy(), wanted, rtol=1e-9)
 
 

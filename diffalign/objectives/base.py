@@ -12,7 +12,7 @@ from torch import Tensor
 from diffalign.spec import Spec
 
 Data = Literal["pairs", "labels", "groups", "steps", "images", "rewards"]
-Need = Literal["loser", "reference", "p_win", "scores", "distance", "overlap", "old", "residual"]
+Need = Literal["loser", "reference", "p_win", "scores", "distance", "overlap", "old", "residual", "average"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +107,8 @@ class ImageTerms(Terms):
     residual: Tensor | None = None
     residual_old: Tensor | None = None
     """(B, D) x0_hat - x0, of the policy (with gradient) and of the one that sampled."""
+    distance_average: Tensor | None = None
+    """(B,) as ``distance``, to the average of the policy. With gradient."""
     time: Tensor | None = None
     """(B,) what the network is told, 0 clean to 1 noise: sigma on a flow path, after the scheduler's shift; else ``t``."""
 

@@ -58,7 +58,8 @@ Weighting = Literal["uniform", "t", "t2", "huber", "ghuber"]
 
 
 class AWM(Objective):
-    """AWM: max(-A rho, -A clip(rho, 1 +- eps)) + beta |f - f_ref|^2, rho = exp(l_old - l), l the weighted denoise error.
+    """AWM: max(-A rho, -A clip(rho, 1 +- eps)) + beta |f - f_ref|^2 + near |f - f_avg|^2, rho = exp(l_old - l), l the weighted
+    denoise error.
 
     l is e, t e, t^2 e, t (sqrt(e + 1e-10) - 1e-5), or t ((e + 1e-10)^p - 1e-10^p) / p, with t the time that the network is
     told: on a flow path sigma, which the scheduler's shift has moved.
@@ -72,14 +73,17 @@ class AWM(Objective):
     """Of rho; the authors' 1 is far outside."""
     beta: float = Field(default=1e-3, ge=0)
     """Weight of the distance to the reference."""
+    near: float = Field(default=0.0, ge=0)
+    """Weight of the distance to ``online.average``, an average of the policy."""
 
     data: ClassVar[Data] = "images"
     paper: ClassVar[str] = "Xue et al. 2025 (AWM), arXiv 2509.25050"
-    checked: ClassVar[str] = f"{CODE}, without its second distance, to an average of the policy"
+    checked: ClassVar[str] = CODE
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]
-        return frozenset({"old", "distance", "reference"}) if self.beta else frozenset({"old"})
+        found: frozenset[Need] = frozenset({"old", "distance", "reference"}) if self.beta else frozenset({"old"})
+        return found | {"average"} if self.near else found
 
     def weighted(self, error: Tensor, t: Tensor) -> Tensor:
         """l(e, t), (B,)."""
@@ -102,7 +106,11 @@ class AWM(Objective):
         ratio = ratio_of(log_ratio)
         loss = surrogate(ratio, terms.advantage, self.clip_range, self.clip_range)
         seen = clip_metrics(ratio, terms.advantage, self.clip_range, self.clip_range)
-        return LossOutput(loss + self.beta * require(terms.distance, "distance") if self.beta else loss, seen, state)
+        if self.beta:
+            loss = loss + self.beta * require(terms.distance, "distance")
+        if self.near:
+            loss = loss + self.near * require(terms.distance_average, "distance_average")
+        return LossOutput(loss, seen, state)
 
 
 class RWR(Objective):

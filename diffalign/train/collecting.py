@@ -19,7 +19,7 @@ from diffalign.oversample import Oversample, preselect
 from diffalign.preflight import Preflight, preflight
 from diffalign.rollout import Trajectories, evaluations, rollout
 from diffalign.sampling import Item
-from diffalign.train.online import OLD, STANDARDS, Online
+from diffalign.train.online import AVERAGE, OLD, STANDARDS, Online
 from diffalign.train.rewards import Rewards
 from diffalign.train.samples import Block, follow, prompt_at, within_groups
 
@@ -140,9 +140,12 @@ class Collector:
         return out
 
     def _follow(self, epoch: int) -> None:
-        """Bring the policy that samples up to date, where it is not the trained one or is asked for."""
+        """Bring the policy that samples up to date, where it is not the trained one or is asked for, and the average."""
+        spec, weights = self.spec, self.model.named_weights
         if self.follows:
-            follow(self.model.named_weights, 0.0 if self.spec.old is None else self.spec.old.decay(epoch))
+            follow(weights, OLD, 0.0 if spec.old is None else spec.old.decay(epoch))
+        if spec.average is not None:
+            follow(weights, AVERAGE, spec.average.decay(epoch))
 
     @contextmanager
     def _sampling(self, weights: str | None = None) -> Iterator[None]:

@@ -14,6 +14,7 @@ from diffalign.spec import Spec
 from diffalign.train.rewards import RewardSpec
 
 OLD = "old"
+AVERAGE = "average"
 STANDARDS = 4
 """Samples of the reference per prompt that a reward is compared with (PAR)."""
 
@@ -25,9 +26,9 @@ trained step from one state, compared by what the model makes of them; one at ra
 
 
 class Behaviour(Spec):
-    """The ``online.old`` section: the policy that samples follows the trained one slowly, by an average once per rollout.
+    """The sections ``online.old`` and ``online.average``: weights that follow the policy slowly, averaged once per rollout.
 
-    old <- d old + (1 - d) policy with d = min(rate max(0, n - flat), most) before the n-th rollout (DiffusionNFT, AWM).
+    w <- d w + (1 - d) policy with d = min(rate max(0, n - flat), most) before the n-th rollout (DiffusionNFT, AWM).
     """
 
     rate: float = Field(default=0.001, ge=0)
@@ -64,6 +65,8 @@ class Online(Spec):
     """What a pair is of, for losses on pairs."""
     old: Behaviour | None = None
     """Sample from an average of the past; the policy itself if not given."""
+    average: Behaviour | None = None
+    """A further average, which samples nothing, for losses that hold the policy near it (AWM's ``near``)."""
 
     @model_validator(mode="after")
     def _whole_blocks(self) -> Self:

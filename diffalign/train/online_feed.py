@@ -18,7 +18,7 @@ from diffalign.sampling import item_seed
 from diffalign.timesteps import TimestepPolicy
 from diffalign.train.collecting import Collector
 from diffalign.train.coupling import Coupling, draw
-from diffalign.train.online import OLD
+from diffalign.train.online import AVERAGE, OLD
 from diffalign.train.samples import Block, Example, StepBatch
 from diffalign.train.terms import Batch, terms_of
 
@@ -61,7 +61,7 @@ class OnlineFeed:
         else:
             if not model.trains_texts:
                 batch = replace(batch, conds=tuple(self._conds(x, batch) if isinstance(x, tuple) else x for x in batch.conds))
-            found = terms_of(model, batch, self.timesteps, needs, self.coupling, reference, OLD)
+            found = terms_of(model, batch, self.timesteps, needs, self.coupling, reference, OLD, AVERAGE)
         return replace(found, cost=found.cost + self.collector.charge())
 
     def state(self) -> dict[str, Any]:

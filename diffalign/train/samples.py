@@ -12,7 +12,6 @@ from torch import Tensor
 from diffalign.data.prompts import Prompt
 from diffalign.rollout import Trajectories
 from diffalign.sampling import Item, item_seed
-from diffalign.train.online import OLD
 
 
 @dataclass(frozen=True)
@@ -67,12 +66,12 @@ def prompt_at(prompts: Sequence[Prompt], position: int, seed: int) -> Prompt:
     return prompts[int(torch.randperm(len(prompts), generator=g)[offset])]
 
 
-def follow(weights: Any, decay: float) -> None:
-    """old <- decay old + (1 - decay) policy."""
-    if OLD not in weights.snapshots:
-        weights.take(OLD)
-    for name, p in weights.trainable().items():
-        weights.snapshots[OLD][name].lerp_(p.detach(), 1 - decay)
+def follow(weights: Any, name: str, decay: float) -> None:
+    """w <- decay w + (1 - decay) policy, of the snapshot of this name."""
+    if name not in weights.snapshots:
+        weights.take(name)
+    for key, p in weights.trainable().items():
+        weights.snapshots[name][key].lerp_(p.detach(), 1 - decay)
 
 
 def within_groups(rewards: Tensor) -> float:

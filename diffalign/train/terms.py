@@ -115,9 +115,10 @@ def terms_of(
     coupling: Coupling | None = None,
     reference: str = "reference",
     old: str = "old",
+    average: str = "average",
 ) -> Terms:
-    """Errors of all pictures in one forward pass per set of weights; ``reference`` names the weights to compare with, and
-    ``old`` those that sampled.
+    """Errors of all pictures in one forward pass per set of weights; ``reference`` names the weights to compare with, ``old``
+    those that sampled, and ``average`` those to stay near.
     """
     v = view(model, batch, coupling or Coupling(), needs)
     scale, k, b, draws = weigh(model, timesteps, v.c), v.pictures, len(batch), batch.u.shape[2]
@@ -140,13 +141,14 @@ def terms_of(
 
     there = under(reference) if "reference" in needs else None
     before = under(old) if "old" in needs else None
+    amid = under(average) if "average" in needs else None
     here = model.predict(v.x, v.t, v.cond())
     facts = {name: value.to(v.x.device) for name, value in batch.facts.items()}
     found: dict[str, Any] = {
         "t": batch.u[:, 0].mean(-1).to(v.x.device),
         "weight": batch.weight.to(v.x.device),
         "images": b * k,
-        "cost": b * k * draws * (3 + ("reference" in needs) + ("old" in needs)) + v.cost,
+        "cost": b * k * draws * (3 + len(needs & {"reference", "old", "average"})) + v.cost,
         "group": facts.get("group"),
     }
     if batch.data == "images":
@@ -155,6 +157,8 @@ def terms_of(
         found["old"] = errors_of(before, v.wanted)[0]
     if there is not None and "distance" in needs:
         found["distance"] = errors_of(here, there)[0]
+    if amid is not None:
+        found["distance_average"] = errors_of(here, amid)[0]
     if "residual" in needs:
         found |= {"residual": residual(here)} | ({} if before is None else {"residual_old": residual(before)})
     if "overlap" in needs:
