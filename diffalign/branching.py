@@ -12,8 +12,9 @@ from diffalign.models import Model
 from diffalign.rollout import Arrival, RolloutSettings, Trajectories, conditions, denoised, evaluations, rollout
 from diffalign.sampling import Item
 
-See = Callable[[list[int], list[int], Tensor], object]
-"""Told the rows, the slots and the x0 (n, K, C, H, W) of candidates."""
+See = Callable[[list[int], list[int], Tensor, float], object]
+"""Told the rows, the slots and the x0 (n, K, C, H, W) of candidates, and the time that the network was told for it: 0 of those
+that are finished."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,15 @@ def branch(
         chosen = [int(torch.randint(candidates, (), generator=g)) for g in at.draws]
         x = at.mean[:, None] + at.std.view(-1, 1, 1, 1, 1) * z
         kept.append((at.rows, at.slots, x))
-        flat = x.flatten(0, 1)
+        flat, time = x.flatten(0, 1), 0.0
         if at.then < len(timesteps):
             who = [row for row in at.rows for _ in range(candidates)]
             c, t = grid[[at.then] * len(who)], timesteps[at.then].expand(len(who))
+            time = timesteps[at.then].item()
             aside = None if negative is None else negative[who]
             flat = denoised(model, flat, t, c, cond[who], settings, aside)[0]
             passes += len(who)
-        see(at.rows, at.slots, flat.view(x.shape))
+        see(at.rows, at.slots, flat.view(x.shape), time)
         return x[torch.arange(n), chosen]
 
     paths = rollout(model, items, settings, seed, epoch, cond, negative, advance)

@@ -210,6 +210,44 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return (normalize(a, dim=-1) * normalize(b, dim=-1)).sum(-1)
 
 
+# --- a CLIP whose image tower knows the time (SPO), in the layout of transformers -------------------------------------
+
+
+def timed_layout(s: ClipSize) -> Layout:
+    """What the step-aware model has beside CLIP."""
+    d = s.width
+    out = both("t_embedder.mlp.0", (d, 256)) | both("t_embedder.mlp.2", (d, d))
+    out |= both("vision_model.adaLN_modulation.1", (2 * d, d))
+    for i in range(s.layers):
+        out |= both(f"vision_model.encoder.layers.{i}.adaLN_modulation.1", (6 * d, d))
+    return out
+
+
+def timed_image(h: State, size: ClipSize, x: Tensor, times: list[float], act=gelu) -> Tensor:
+    """(B, D): cosines before sines of t / 10000^(j / 128); each half of a layer is shifted, scaled and, before it is added,
+    gated; the pooled token is shifted and scaled last.
+    """
+    s = from_hugging({k: v for k, v in h.items() if "adaLN" not in k and "t_embedder" not in k})
+    angles = torch.tensor([[t / 10000 ** (j / 128) for j in range(128)] for t in times])
+    c = linear(torch.cat([angles.cos(), angles.sin()], 1), h, "t_embedder.mlp.0")
+    c = linear(c * c.sigmoid(), h, "t_embedder.mlp.2")
+    c = c * c.sigmoid()
+    patches = conv2d(x, s["visual.conv1.weight"], stride=size.patch).flatten(2).transpose(1, 2)
+    x = torch.cat([s["visual.class_embedding"].expand(len(x), 1, -1), patches], 1) + s["visual.positional_embedding"]
+    x = norm(x, s, "visual.ln_pre")
+    for i in range(size.layers):
+        p, said = f"visual.transformer.resblocks.{i}", linear(c, h, f"vision_model.encoder.layers.{i}.adaLN_modulation.1")
+        a, b, gate, a2, b2, gate2 = said.view(len(x), 6, 1, -1).unbind(1)
+        q, k, v = ((norm(x, s, f"{p}.ln_1") * (1 + b) + a) @ s[f"{p}.attn.in_proj_weight"].T).add(
+            s[f"{p}.attn.in_proj_bias"]
+        ).chunk(3, -1)  # fmt: skip
+        x = x + gate * linear(attention(q, k, v, size.heads), s, f"{p}.attn.out_proj")
+        y = norm(x, s, f"{p}.ln_2") * (1 + b2) + a2
+        x = x + gate2 * linear(act(linear(y, s, f"{p}.mlp.c_fc")), s, f"{p}.mlp.c_proj")
+    a, b = linear(c, h, "vision_model.adaLN_modulation.1").chunk(2, -1)
+    return (norm(x[:, 0], s, "visual.ln_post") * (1 + b) + a) @ s["visual.proj"]
+
+
 # --- BLIP in the layout of ImageReward ------------------------------------------------------------------------------
 
 

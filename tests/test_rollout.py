@@ -573,7 +573,7 @@ def test_compressed_rollouts_make_fewer_steps_and_keep_the_window(load: Any, mon
     assert evaluations(model, ITEMS, RolloutSettings(**base), 0, 0) == 12
     levels.clear()
     seen: list[torch.Tensor] = []
-    made = branch(model, ITEMS, RolloutSettings(**base, compress=0.4), 0, 0, 3, lambda rows, slots, x0: seen.append(x0))
+    made = branch(model, ITEMS, RolloutSettings(**base, compress=0.4), 0, 0, 3, lambda rows, slots, x0, t: seen.append(x0))
     assert made.passes == 4 * 6 + 4 * 3 * 2  # and a preview of three candidates of each trained step
     assert len(levels) == 6 + 2
     for a, b in zip(tensors(full)[1:], tensors(short)[1:], strict=True):

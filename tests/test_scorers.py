@@ -39,6 +39,7 @@ from diffalign.scorers.mps import MPS, OVERALL
 from diffalign.scorers.ocr import levenshtein, similarity
 from diffalign.scorers.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, of_folder
 from diffalign.scorers.safety import NSFW, SafetyChecker
+from diffalign.scorers.step_aware import StepAware, StepAwareSDXL
 from diffalign.scorers.weights import differences
 from diffalign.scoring import make_scorer, make_scorers, verify_scorer
 from diffalign.shapes import build
@@ -222,15 +223,8 @@ def mps_twin(folder: Path, threshold: float = 0.3) -> tuple[MPS, Tensor]:
     layout |= {"model.text_model.embeddings.position_ids": (1, 77)}
     state = ref.fill(layout)
     save_file({f"mps.{k}": v for k, v in state.items()}, folder / "model.safetensors")
-    text, vision = (
-        {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_act": "gelu"}
-        for _ in range(2)
-    )
     ids = {"eos_token_id": tok.eos_token_id, "bos_token_id": tok.bos_token_id, "pad_token_id": tok.pad_token_id}
-    text |= {"vocab_size": size.vocab, "projection_dim": 16, **ids}
-    vision |= {"image_size": 28, "patch_size": 14, "projection_dim": 16}
-    config = {"projection_dim": 16, "text_config": text, "vision_config": vision}
-    narrow = type("Narrow", (MPS,), {"config": config, "heads": heads, "condition": condition})
+    narrow = type("Narrow", (MPS,), {"config": clip_sizes(size, ids), "heads": heads, "condition": condition})
 
     clip = ref.from_hugging(
         {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.") and "ids" not in k}
@@ -243,6 +237,59 @@ def mps_twin(folder: Path, threshold: float = 0.3) -> tuple[MPS, Tensor]:
     image = ref.clip_image_tokens(clip, size, transformers_crop(28)(PICTURES)) @ clip["visual.proj"]
     fused = ref.fuse(state, image, tokens, seen, heads)[:, 0]
     return narrow(folder, folder), math.exp(3) * ref.cosine(fused, ref.clip_text(clip, size, said))
+
+
+def clip_sizes(size: ref.ClipSize, ids: dict[str, int]) -> dict[str, object]:
+    """The configuration of transformers for a narrow CLIP."""
+    text, vision = (
+        {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_act": "gelu"}
+        for _ in range(2)
+    )
+    text |= {"vocab_size": size.vocab, "projection_dim": size.dim, **ids}
+    vision |= {"image_size": 28, "patch_size": 14, "projection_dim": size.dim}
+    return {"projection_dim": size.dim, "text_config": text, "vision_config": vision}
+
+
+def spo_crop(side: int) -> Callable[[list[Image.Image]], Tensor]:
+    """What SPO's code does with what the decoder gives, in [-1, 1]."""
+
+    def one(image: Image.Image) -> Tensor:
+        x = 2 * TF.to_tensor(image)[None] - 1
+        scale = side / min(x.shape[-2:])
+        size = [int(n * scale + 0.5) for n in x.shape[-2:]]
+        x = torch.nn.functional.interpolate(x, size, mode="bicubic", align_corners=False)
+        return T.Normalize(CLIP_MEAN, CLIP_STD)((T.CenterCrop(side)(x)[0] / 2 + 0.5).clamp(0, 1))
+
+    return lambda images: torch.stack([one(i) for i in images])
+
+
+TIMES = [0.0, 501.0, 951.0]
+
+
+def timed_twin(
+    folder: Path, cls: type[StepAware] = StepAware, times: list[float] | None = None, still: bool = False
+) -> tuple[StepAware, Tensor]:
+    """``still``: nothing is shifted or scaled, whatever the time."""
+    tok = build.tokenizer(folder)
+    tok.model_max_length = 77
+    tok.save_pretrained(folder)
+    size = SMALL._replace(vocab=len(tok))
+    state = ref.fill(ref.hugging_layout(size) | ref.timed_layout(size), 6)
+    if still:
+        one, none = torch.ones(size.width), torch.zeros(2 * size.width)
+        state |= {k: torch.zeros_like(v) for k, v in state.items() if "adaLN" in k}
+        gates = torch.cat([none, one, none, one])
+        state |= {f"vision_model.encoder.layers.{i}.adaLN_modulation.1.bias": gates for i in range(size.layers)}
+    old = {"vision_model.embeddings.position_ids": torch.arange(5)[None]}
+    torch.save({f"model.{k}": v for k, v in (state | old).items()}, folder / cls.card.weights[0].files[0])
+    ids = {"eos_token_id": tok.eos_token_id, "bos_token_id": tok.bos_token_id, "pad_token_id": tok.pad_token_id}
+    narrow = type("Narrow", (cls,), {"config": clip_sizes(size, ids)})
+    image = ref.timed_image(state, size, spo_crop(28)(PICTURES), times or [0.0] * 3)
+    clip = ref.from_hugging({k: v for k, v in state.items() if "adaLN" not in k and "t_embedder" not in k})
+    if still:
+        torch.testing.assert_close(image, ref.clip_image(clip, size, spo_crop(28)(PICTURES)))
+    text = ref.clip_text(clip, size, world_ids(folder, PROMPTS))
+    return narrow(folder, folder), math.exp(3) * ref.cosine(image, text)
 
 
 QWEN = ref.QwenSize(32, 2, 2, 32, 2, 4, 2, 48, 0, (1, 1, 2))
@@ -405,6 +452,8 @@ TWINS: dict[str, Callable[[Path, Path], Twin]] = {
     "imagereward": lambda f, c: blip_twin(f, ImageReward, 35),
     "cyclereward": lambda f, c: blip_twin(f, CycleReward, 128),
     "mps": lambda f, c: mps_twin(f),
+    "step-aware": lambda f, c: timed_twin(f),
+    "step-aware-sdxl": lambda f, c: timed_twin(f, StepAwareSDXL),
     "decomposed": lambda f, c: decomposed_twin(f),
     "aesthetic-v1": lambda f, c: aesthetic_twin(f, c, AestheticV1),
     "aesthetic-v2": lambda f, c: aesthetic_twin(f, c, AestheticV2),
@@ -482,6 +531,31 @@ def test_mps_has_every_tensor_of_the_published_file() -> None:
     assert differences(net, MPS.renamed(meta(layout))) is None
     assert MPS.condition == OVERALL
     assert len(OVERALL.split(", ")) == 22
+
+
+@pytest.mark.parametrize("still", [False, True])
+def test_the_step_aware_score_is_of_the_time_of_each_preview(still: bool, tmp_path: Path) -> None:
+    """Told the times it equals an independent forward at them; where nothing is shifted or scaled it is a plain CLIP."""
+    scorer, expected = timed_twin(tmp_path, times=TIMES, still=still)
+    whole = ScoreInput(PICTURES, PROMPTS, times=torch.tensor(TIMES))
+    got = scorer(whole).values["step-aware"]
+    torch.testing.assert_close(got, expected, atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(scorer(whole.part(slice(1, 3))).values["step-aware"], got[1:], atol=1e-4, rtol=1e-4)
+    finished = scorer(ScoreInput(PICTURES, PROMPTS)).values["step-aware"]
+    assert finished[0].item() == pytest.approx(got[0].item(), abs=1e-4)
+    moved = (finished - got)[1:].abs()
+    assert moved.max() < 1e-4 if still else moved.min() > 1e-2
+
+
+def test_the_step_aware_model_has_every_tensor_of_the_published_file() -> None:
+    """CLIP H/14, a time's embedding, and six and two modulations a layer: 32 x 9.8 million, 3.3 and 2 million more."""
+    with torch.device("meta"):
+        net = StepAware.network()
+    layout = ref.hugging_layout(ref.H14) | ref.timed_layout(ref.H14)
+    assert differences(net, meta(layout)) is None
+    assert "2 missing (t_embedder.mlp.0.bias" in str(
+        differences(net, meta({k: v for k, v in layout.items() if "mlp.0" not in k}))
+    )
 
 
 def test_hpsv3_has_every_tensor_of_the_published_file() -> None:

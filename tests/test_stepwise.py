@@ -21,6 +21,7 @@ from diffalign.models import LoRA, ModelSpec
 from diffalign.objectives import PairTerms
 from diffalign.recipes import TrainConfig, train
 from diffalign.sampling import encode_once
+from diffalign.scorers import ScoreInput
 from diffalign.spec import dump, validate
 from diffalign.timesteps import Uniform
 from diffalign.train.collecting import Collector
@@ -213,6 +214,26 @@ def test_candidates_of_a_state_are_ranked_by_what_the_model_makes_of_them(feed: 
         assert (fork.chosen - fork.rejected).flatten(2).abs().amax(-1).min() > 0
 
 
+def test_scorers_are_told_the_time_of_each_preview(feed: Make, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the state after the step, as the network is told it; 0 where the schedule ends."""
+    f, seen = feed("state"), []
+    inner = f.collector.rewards._ask
+
+    def ask(batch: ScoreInput) -> Any:
+        assert batch.times is not None
+        seen.append(batch.times.tolist())
+        return inner(batch)
+
+    monkeypatch.setattr(f.collector.rewards, "_ask", ask)
+    f.collector(0)
+    settings = f.spec.rollout
+    grid = [*model.grid(settings.num_inference_steps)[0].tolist(), 0.0]
+    steps = f.spec.rollout.window.length(settings.num_inference_steps)
+    wanted = [[t] * settings.batch_size for t in grid[1 : steps + 1]]
+    assert seen == wanted * (len(seen) // len(wanted))
+    assert len({x[0] for x in seen}) == steps
+
+
 def test_both_sides_of_a_state_share_it_and_a_random_one_goes_on(feed: Make, model: Any) -> None:
     from diffalign.branching import branch
 
@@ -220,7 +241,7 @@ def test_both_sides_of_a_state_share_it_and_a_random_one_goes_on(feed: Make, mod
     items, settings = f.collector._plan(0)[0], f.spec.rollout
     chosen = set()
     for epoch in range(4):
-        made = branch(model, items, settings, 1, epoch, 3, lambda rows, slots, x0: None)
+        made = branch(model, items, settings, 1, epoch, 3, lambda rows, slots, x0, t: None)
         assert made.candidates.shape[1:3] == (made.paths.std.shape[1], 3)
         for row in range(len(items)):
             for slot in range(made.paths.std.shape[1] - 1):

@@ -29,6 +29,8 @@ SCORERS = {
     "hpsv2.1": "diffalign.scorers.hps:HPSv21",
     "hpsv3": "diffalign.scorers.hpsv3:HPSv3",
     "pickscore": "diffalign.scorers.clip:PickScore",
+    "step-aware": "diffalign.scorers.step_aware:StepAware",
+    "step-aware-sdxl": "diffalign.scorers.step_aware:StepAwareSDXL",
     "imagereward": "diffalign.scorers.blip:ImageReward",
     "cyclereward": "diffalign.scorers.blip:CycleReward",
     "mps": "diffalign.scorers.mps:MPS",

@@ -27,13 +27,16 @@ class ScoreInput:
     metadata: Sequence[Mapping[str, Any]] | None = None
     features: Tensor | None = None
     """(B, D) of the encoder of the scorer that is asked, where they are known from before; the images are not looked at."""
+    times: Tensor | None = None
+    """(B,) of previews the time that the network was told, 0 to 999 as schedules count them; 0 if not given: pictures are
+    finished."""
 
     def __len__(self) -> int:
         return len(self.images)
 
     def part(self, s: slice) -> ScoreInput:
         """Some of the images with all that belongs to them."""
-        rest = (None if x is None else x[s] for x in (self.references, self.metadata, self.features))
+        rest = (None if x is None else x[s] for x in (self.references, self.metadata, self.features, self.times))
         return ScoreInput(self.images[s], self.prompts[s], *rest)  # type: ignore[arg-type]
 
 

@@ -109,24 +109,24 @@ def projected(output: Any) -> Tensor:
     return found.float()
 
 
-class TransformersCLIP(TextEncoder):
-    """A CLIP or SigLIP folder of transformers; features are the projected embeddings, not normalised."""
+def tokenizer_of(folder: Path, **more: Any) -> Any:
+    """The tokenizer saved in a folder.
 
-    def __init__(self, folder: Path, device: str = "cpu", centre: Literal["round", "floor"] = "round") -> None:
-        from transformers import AutoModel, AutoTokenizer
+    Raises:
+        ModelError: there is none.
+    """
+    from transformers import AutoTokenizer
 
-        net = load_pretrained(AutoModel, folder)
-        if net.config.model_type not in ("clip", "siglip"):
-            raise ModelError(f"{folder}: a {net.config.model_type} model, not CLIP or SigLIP")
-        super().__init__(net, of_folder(folder, net.config.vision_config.image_size, centre), device)
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as e:
-            raise ModelError(f"{folder}: no tokenizer: {' '.join(str(e).split())[:200]}", hint="add its tokenizer.json") from e
-        self.max_tokens = net.config.text_config.max_position_embeddings
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, **more)
+    except (OSError, ValueError, KeyError) as e:
+        raise ModelError(f"{folder}: no tokenizer: {' '.join(str(e).split())[:200]}", hint="add its tokenizer.json") from e
 
-    def features(self, x: Tensor) -> Tensor:
-        return projected(self.net.get_image_features(pixel_values=x))
+
+class CLIPTexts(TextEncoder):
+    """Prompts as the CLIP or SigLIP of transformers reads them."""
+
+    tokenizer: Any
 
     def encode(self, prompts: list[str]) -> Tensor:
         # whole ids go in and the model finds the end itself: ids that are cut afterwards have lost it
@@ -137,6 +137,23 @@ class TransformersCLIP(TextEncoder):
 
     def count(self, prompt: str) -> int:
         return len(self.tokenizer(prompt, verbose=False).input_ids)
+
+
+class TransformersCLIP(CLIPTexts):
+    """A CLIP or SigLIP folder of transformers; features are the projected embeddings, not normalised."""
+
+    def __init__(self, folder: Path, device: str = "cpu", centre: Literal["round", "floor"] = "round") -> None:
+        from transformers import AutoModel
+
+        net = load_pretrained(AutoModel, folder)
+        if net.config.model_type not in ("clip", "siglip"):
+            raise ModelError(f"{folder}: a {net.config.model_type} model, not CLIP or SigLIP")
+        super().__init__(net, of_folder(folder, net.config.vision_config.image_size, centre), device)
+        self.tokenizer = tokenizer_of(folder)
+        self.max_tokens = net.config.text_config.max_position_embeddings
+
+    def features(self, x: Tensor) -> Tensor:
+        return projected(self.net.get_image_features(pixel_values=x))
 
 
 class OpenCLIP(TextEncoder):

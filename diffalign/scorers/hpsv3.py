@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffalign.errors import DataError, ModelError
 from diffalign.scorers.base import Card, Reward, ScoreBatch, ScoreInput, Weight, require, scored
-from diffalign.scorers.encoders import Encoder
+from diffalign.scorers.encoders import Encoder, tokenizer_of
 from diffalign.scorers.preprocess import Preprocess
 from diffalign.scorers.weights import choose, differences, read_weights
 
@@ -121,13 +121,8 @@ class HPSv3(Reward):
         return out
 
     def __init__(self, path: Path, tokenizer: Path, instruction: Path, device: str = "cpu") -> None:
-        from transformers import AutoTokenizer
-
         self.instruction = instruction_of(instruction)
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, padding_side="right")
-        except (OSError, ValueError, KeyError) as e:
-            raise ModelError(f"{tokenizer}: no tokenizer: {' '.join(str(e).split())[:200]}", hint="that of Qwen2-VL") from e
+        self.tokenizer = tokenizer_of(tokenizer, padding_side="right")
         self.tokenizer.add_special_tokens({"additional_special_tokens": [REWARD]})
         self.reward, self.image = self.tokenizer.convert_tokens_to_ids([REWARD, IMAGE])
         file = choose(path, *self.card.weights[0].files, "*.safetensors")

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, silu
 
-from diffalign.errors import ModelError
 from diffalign.scorers.base import Card, Reward, Weight
-from diffalign.scorers.encoders import Encoder
+from diffalign.scorers.encoders import Encoder, tokenizer_of
 from diffalign.scorers.preprocess import Preprocess
 from diffalign.scorers.weights import choose, fit, read_weights, stripped
 
@@ -24,6 +23,32 @@ OVERALL = (
 
 THRESHOLD = 0.3
 """Of the published evaluations; the model's own code says 0.01."""
+
+VIT_H: dict[str, Any] = {
+    "projection_dim": 1024,
+    "text_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "hidden_act": "gelu",
+        "projection_dim": 1024,
+        "eos_token_id": 49407,
+        "bos_token_id": 49406,
+        "pad_token_id": 1,
+    },
+    "vision_config": {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "hidden_act": "gelu",
+        "projection_dim": 1024,
+        "patch_size": 14,
+        "image_size": 224,
+    },
+}
+"""CLIP H/14 of LAION, which PickScore and MPS were tuned from."""
 
 
 class Gated(nn.Module):
@@ -119,30 +144,7 @@ class MPS(Reward):
     evaluations had batches of one, which is what this gives for any batch.
     """
 
-    config: ClassVar[dict[str, Any]] = {
-        "projection_dim": 1024,
-        "text_config": {
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "hidden_act": "gelu",
-            "projection_dim": 1024,
-            "eos_token_id": 49407,
-            "bos_token_id": 49406,
-            "pad_token_id": 1,
-        },
-        "vision_config": {
-            "hidden_size": 1280,
-            "intermediate_size": 5120,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 16,
-            "hidden_act": "gelu",
-            "projection_dim": 1024,
-            "patch_size": 14,
-            "image_size": 224,
-        },
-    }
+    config: ClassVar[dict[str, Any]] = VIT_H
     heads: ClassVar[int] = 16
     condition: str = OVERALL
     card: ClassVar[Card] = Card(
@@ -179,18 +181,13 @@ class MPS(Reward):
 
     def __init__(self, path: Path, tokenizer: Path, device: str = "cpu", condition: str | None = None) -> None:
         """``condition`` are the words of another dimension; the published weights are those of ``OVERALL``."""
-        from transformers import AutoTokenizer
-
         self.condition = condition or type(self).condition
 
         found = choose(path, *self.card.weights[0].files)
         net = self.network()
         fit(net, self.renamed(read_weights(found)), found)
         self.encoder = TokenEncoder(net, Preprocess(self.config["vision_config"]["image_size"], centre="floor"), device)
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-        except (OSError, ValueError, KeyError) as e:
-            raise ModelError(f"{tokenizer}: no tokenizer: {' '.join(str(e).split())[:200]}") from e
+        self.tokenizer = tokenizer_of(tokenizer)
 
     @torch.no_grad()
     def _text(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:

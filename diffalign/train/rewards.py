@@ -67,22 +67,23 @@ class Rewards:
         if all(isinstance(scorer, Callback) for scorer in self.scorers):  # of others the configuration was read
             self._check_names([scorer.name for scorer in self.scorers])
 
-    def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """(names, B) fp32 of pictures (B, 3, H, W), uint8 or in [0, 1].
+    def __call__(self, pixels: Tensor, prompts: Sequence[str], times: Tensor | None = None) -> Tensor:
+        """(names, B) fp32 of pictures (B, 3, H, W), uint8 or in [0, 1]; of previews with the times of their states.
 
         Raises:
             ConfigError: a weight is of a value that none of the scorers gives.
             DiffalignError: a value is missing or not finite; the picture is saved under ``failed/``.
         """
         pictures = to_pil((pixels if pixels.dtype == torch.uint8 else to_uint8(pixels)).cpu())
-        batch = ScoreInput(pictures, list(prompts))
+        batch = ScoreInput(pictures, list(prompts), times=times)
         values, errors = self._ask(batch)
         for attempt in range(self.spec.retries if self.spec.on_error == "retry" else 0):
             bad = (~values.isfinite()).any(0).nonzero().flatten().tolist()
             if not bad:
                 break
             time.sleep(self.spec.wait_seconds * 2**attempt)
-            again, why = self._ask(ScoreInput([pictures[i] for i in bad], [prompts[i] for i in bad]))
+            some = None if times is None else times[bad]
+            again, why = self._ask(ScoreInput([pictures[i] for i in bad], [prompts[i] for i in bad], times=some))
             values[:, bad] = again
             errors |= {i: why[n] for n, i in enumerate(bad) if n in why}
         bad = (~values.isfinite()).any(0).nonzero().flatten().tolist()

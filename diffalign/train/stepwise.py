@@ -76,11 +76,10 @@ class ForkCollector(Collector):
         """Paths, candidates (B, S, K, C, H, W) and rewards (names, B, S, K): a step is scored while others are made."""
         spec, asked = self.spec, list[tuple[list[int], list[int], Future[Tensor]]]()
 
-        def see(rows: list[int], slots: list[int], x0: Tensor) -> None:
+        def see(rows: list[int], slots: list[int], x0: Tensor, time: float) -> None:
             texts = [items[row].prompt.text for row in rows for _ in range(spec.group_size)]
-            asked.append(
-                (rows, slots, scoring.submit(self.rewards, to_uint8(self.model.decode(x0.flatten(0, 1))).cpu(), texts))
-            )
+            pictures = to_uint8(self.model.decode(x0.flatten(0, 1))).cpu()
+            asked.append((rows, slots, scoring.submit(self.rewards, pictures, texts, torch.full((len(texts),), time))))
 
         made = branch(self.model, items, spec.rollout, self.seed, epoch, spec.group_size, see)
         self.unpaid += made.passes * self.branches
