@@ -20,6 +20,7 @@ from diffalign.pairs import Agreement, Angle, BestSigma, BestWorst, Confident, P
 from diffalign.rollout import check
 from diffalign.rules import noisy
 from diffalign.scorers import Scorer
+from diffalign.scorers.wins import comparing
 from diffalign.scoring import make_scorers
 from diffalign.timesteps import Uniform
 from diffalign.train.collecting import Collector
@@ -74,7 +75,10 @@ def consistent(c: TrainConfig) -> None:
             raise ValueError(f"{names} learns from the model's own samples: add the section online")
         return
     without_data(c, "online")
-    scorers_exist(online.reward.scorers, "online")
+    compared = comparing(online.reward.scorers)
+    scorers_exist([name for name in online.reward.scorers if name not in compared], "online")
+    if compared:
+        together(online, compared[0])
     if ("average" in total.needs) != (online.average is not None):
         raise ValueError("online.average and objective.near of awm belong together: set both or none")
     if c.train.gradient_accumulation_steps > 1:
@@ -141,6 +145,17 @@ def pairing(online: Online, data: Data, names: str) -> None:
         raise ValueError(f"{said} compares single scores, and here only their weighted sum is kept: use best_worst or another")
     if isinstance(rule, Confident) and online.group_size < rule.min_images:
         raise ValueError(f"{said} asks for {rule.min_images} images: raise online.group_size, or lower online.rule.min_images")
+
+
+def together(online: Online, name: str) -> None:
+    """Refuse rollouts that tear groups apart whose images are compared with each other."""
+    if online.rollout.batch_size % online.group_size or online.group_size < 2:
+        raise ValueError(f"{name} compares whole groups: make online.rollout.batch_size a multiple of a group_size above 1")
+    if online.oversample is not None or online.advantages.shaping == "par" or online.reward.on_error == "retry":
+        raise ValueError(
+            f"{name} compares the images of a group: drop online.oversample, online.advantages.shaping: par and "
+            "online.reward.on_error: retry"
+        )
 
 
 def scorers_exist(names: list[str], section: str) -> None:

@@ -28,6 +28,7 @@ from diffalign.online import InMemory, check_ratio, online_feed
 from diffalign.online import consistent as online_consistent
 from diffalign.round_pairs import Judged
 from diffalign.rounds import Rounds, contradictions, run_rounds
+from diffalign.scorers.wins import comparing
 from diffalign.scoring import make_scorers
 from diffalign.spec import Spec, dump, load
 from diffalign.timesteps import TIMESTEPS, TimestepPolicy, Uniform
@@ -250,7 +251,8 @@ def train_once(config: TrainConfig, pairs: Rows | None = None, given: InMemory |
     if cut and main:
         log.warning("%d prompts are longer than the text encoder reads, and are cut", cut)
     state.feed, state.limits = feed, Limits(config.watch.limits if config.watch else None)
-    reward = feed.rewards.judge if isinstance(feed, OnlineFeed | DirectFeed) else None
+    single = config.online is None or not comparing(config.online.reward.scorers)  # else one model's pictures win one half
+    reward = feed.rewards.judge if isinstance(feed, OnlineFeed | DirectFeed) and single else None
     watcher = make_watcher(config, model, watched, reward, dict(zip(config.evaluate.scorers, scorers, strict=True)))
     if checkpoint is not None:
         state.load(checkpoint)

@@ -92,7 +92,7 @@ def make_scorer(name: str) -> Scorer:
         from diffalign.scorers.http import Address, HTTPScorer
 
         return HTTPScorer(Address(rest if rest.startswith("http") else name))
-    if kind.startswith("vlm") or kind == "unifiedreward":
+    if kind.startswith(("vlm", "unifiedreward")):
         from diffalign.scorers.vlm import judges, make_judge
 
         if kind in judges():

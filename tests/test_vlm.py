@@ -13,12 +13,17 @@ import torch
 from conftest import picture
 from fake_endpoint import Fake, said
 from PIL import Image
+from test_online import online, small
 
-from diffalign.errors import ConfigError
+from diffalign.cells import ScoreConfig, score
+from diffalign.errors import ConfigError, DiffalignError
+from diffalign.recipes import TrainConfig, train
 from diffalign.scorers import ScoreInput
 from diffalign.scorers.http import Address
 from diffalign.scorers.vlm import Endpoint, Pairwise, Pointwise, VQAScore, image_1_or_2
 from diffalign.scoring import identify, make_scorer
+from diffalign.spec import validate
+from diffalign.train.tracking import read_metrics
 
 
 def likely(**words: float) -> dict[str, Any]:
@@ -201,3 +206,58 @@ def test_what_cannot_be_a_judge_is_refused() -> None:
             make_scorer(name)
     with pytest.raises(ConfigError, match=r"no \{prompt\}"):
         VQAScore(Endpoint(Address("http://x"), "m"), "is it good?")
+
+
+def wider(images: list[Image.Image], text: str) -> dict[str, Any]:
+    return said("first" if images[0].width > images[1].width else "second" if images[0].width < images[1].width else "?")
+
+
+def test_wins_are_shares_of_a_groups_other_pictures(fake: Fake) -> None:
+    """By who is wider: 1, one half and 0 of three; a tie says nothing; groups do not meet."""
+    fake.answer = wider
+    sizes, prompts = [16, 48, 32, 16, 16], ["p", "p", "p", "q", "r"]
+    scorer = make_scorer(f"vlm-wins:{fake.url},m")
+    found = scorer(ScoreInput([picture(i, n) for i, n in enumerate(sizes)], prompts))
+    assert found.values["vlm-wins"][:3].tolist() == [0.0, 1.0, 0.5]
+    assert len(fake.asked) == 2 * 3  # all pairs of the group, in both orders
+    alone = "no other picture of its prompt in the batch"
+    assert found.errors == [None, None, None, alone, alone]
+    again = scorer(ScoreInput([picture(0, 32), picture(1, 32), picture(2, 16)], ["p"] * 3))
+    assert again.values["vlm-wins"].tolist() == [1.0, 1.0, 0.0]  # of the two alike no verdict was read
+    nothing = scorer(ScoreInput([picture(0), picture(1)], ["p"] * 2))
+    assert nothing.values["vlm-wins"].isnan().all()
+    assert "neither first nor second: '?'" in str(nothing.errors[0])
+
+
+def test_wins_in_unifiedrewards_words(fake: Fake) -> None:
+    fake.answer = lambda images, text: said(f"Well. Image {1 if images[0].width > images[1].width else 2} is better")
+    found = make_scorer(f"unifiedreward-wins:{fake.url},m")(ScoreInput([picture(0, 16), picture(1, 48)], ["a {x}"] * 2))
+    assert found.values["unifiedreward-wins"].tolist() == [0.0, 1.0]
+    assert '"a {x}"' in fake.asked[0]["messages"][0]["content"][-1]["text"]
+
+
+def test_a_judge_of_pairs_rewards_whole_groups(fake: Fake, tiny: Path, tmp_path: Path) -> None:
+    """In training: every group's mean is one half, what is not answered stops the run, and nothing else takes it."""
+    judge = f"vlm-wins:{fake.url},m"
+    reward = {"scorers": [judge], "weights": {"vlm-wins": 1.0}}
+
+    def sections(name: str, **more: Any) -> dict[str, Any]:
+        return small(tiny, tmp_path / name, online=online(reward=reward, **more).model_dump(), train={"max_steps": 1})
+
+    fake.answer = lambda images, text: said("first" if sum(images[0].tobytes()) > sum(images[1].tobytes()) else "second")
+    run = train(validate(TrainConfig, sections("run") | {"watch": {"num_prompts": 1, "images_per_prompt": 2}}))
+    lines = read_metrics(run.folder)
+    assert [x["rollout/vlm-wins"] for x in lines if "rollout/vlm-wins" in x] == [0.5]
+    assert any(x["rollout/reward_std"] > 0.1 for x in lines if "rollout/reward_std" in x)
+    assert not any("watch/reward" in x for x in lines)
+    fake.answer = lambda images, text: said("neither")
+    with pytest.raises(DiffalignError, match="neither first nor second"):
+        train(validate(TrainConfig, sections("failed")))
+    wrong: list[dict[str, Any]] = [{"rollout": {"batch_size": 1}}, {"advantages": {"shaping": "par"}}]
+    for change in [*wrong, {"reward": {**reward, "on_error": "retry"}}]:
+        with pytest.raises(ConfigError, match="vlm-wins:.* compares"):
+            validate(TrainConfig, sections("wrong") | {"online": online(**{"reward": reward, **change}).model_dump()})
+    with pytest.raises(ConfigError, match=r"which only online\.reward has together"):
+        validate(TrainConfig, sections("wrong") | {"evaluate": {"scorers": [judge]}})
+    with pytest.raises(ConfigError, match=r"only online\.reward has them together"):
+        score(ScoreConfig(path=str(tmp_path), scorers=[judge], output_dir=str(tmp_path / "scored")))

@@ -245,8 +245,9 @@ class Pairwise:
 def judges() -> dict[str, type[VQAScore]]:
     """By name."""
     from diffalign.scorers.checklist import Checklist, Questions
+    from diffalign.scorers.wins import UnifiedRewardWins, Wins
 
-    found = (VQAScore, Pointwise, UnifiedReward, Questions, Checklist)
+    found = (VQAScore, Pointwise, UnifiedReward, Questions, Checklist, Wins, UnifiedRewardWins)
     return {cls.card.name: cls for cls in found}
 
 
