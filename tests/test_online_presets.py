@@ -136,5 +136,5 @@ def test_an_online_preset_is_written_and_read_again_unchanged() -> None:
 
 def test_the_online_methods_are_there() -> None:
     core = "ddpo flow-grpo flow-grpo-fast dance-grpo mixgrpo mixgrpo-flash pref-grpo grpo-guard diffusion-nft awm online-dpo"
-    core += " rwr d3po spo sol-rl flow-dppo"
+    core += " rwr d3po spo sol-rl flow-dppo dgpo"
     assert {f"presets/{name}" for name in core.split()} <= ONLINE.keys()
