@@ -187,6 +187,7 @@ DIT_ROWS |= {
     "online-dpo": Row(ROWS["online-dpo"].what, config="shapes-dit-online-dpo.yaml"),
     "grpo": Row("GRPO with GRPO-Guard's ratio, LoRA, Flow-SDE noise in the first six steps", config="shapes-dit-grpo.yaml"),
     "nft": Row("DiffusionNFT, LoRA", config="shapes-dit-nft.yaml"),
+    "draft": Row(ROWS["draft"].what, config="shapes-dit-draft.yaml"),
 }
 LABELLED = {
     "dpo-lora": "the exact judge",

@@ -152,13 +152,7 @@ def score(config: ScoreConfig, rank: int = 0, world: int = 1) -> Filled:
     """
     from tqdm import tqdm
 
-    from diffalign.scorers.wins import comparing
-
     source = open_source(config.path, config.image_root)
-    if among := comparing(config.scorers):
-        raise ConfigError(
-            f"{among[0]} compares pictures with each other", hint="only online.reward has them together: use vlm"
-        )
     made = zip(config.scorers, make_scorers(config.scorers, away=config.offload), strict=True)
     columns = [
         Column(s, identify(n, s), embedder=embedder(s) if config.embeddings else None).compared(config.references)

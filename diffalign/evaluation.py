@@ -29,11 +29,7 @@ SHAPES_PROMPTS = re.compile(r"shapes:(train|select|test)")
 
 
 def known_scorers(names: list[str]) -> list[str]:
-    """The names, if there may be such scorers, of single pictures."""
-    from diffalign.scorers.wins import comparing
-
-    if among := comparing(names):
-        raise ValueError(f"{among[0]} compares pictures of a prompt with each other, which only online.reward has together")
+    """The names, if there may be such scorers."""
     for name in names:
         if name != "shapes" and ":" not in name and name not in table():
             near = did_you_mean(name, ["shapes", *table()])

@@ -75,10 +75,9 @@ def consistent(c: TrainConfig) -> None:
             raise ValueError(f"{names} learns from the model's own samples: add the section online")
         return
     without_data(c, "online")
-    compared = comparing(online.reward.scorers)
-    scorers_exist([name for name in online.reward.scorers if name not in compared], "online")
-    if compared:
-        together(online, compared[0])
+    scorers_exist(online.reward.scorers, "online")
+    if compared := comparing(online.reward.scorers):
+        together(c, online, compared[0])
     if ("average" in total.needs) != (online.average is not None):
         raise ValueError("online.average and objective.near of awm belong together: set both or none")
     if c.train.gradient_accumulation_steps > 1:
@@ -147,15 +146,18 @@ def pairing(online: Online, data: Data, names: str) -> None:
         raise ValueError(f"{said} asks for {rule.min_images} images: raise online.group_size, or lower online.rule.min_images")
 
 
-def together(online: Online, name: str) -> None:
-    """Refuse rollouts that tear groups apart whose images are compared with each other."""
+def together(c: TrainConfig, online: Online, name: str) -> None:
+    """Refuse what asks for the reward of images without their group, where it is a comparison with that."""
     if online.rollout.batch_size % online.group_size or online.group_size < 2:
         raise ValueError(f"{name} compares whole groups: make online.rollout.batch_size a multiple of a group_size above 1")
-    if online.oversample is not None or online.advantages.shaping == "par" or online.reward.on_error == "retry":
-        raise ValueError(
-            f"{name} compares the images of a group: drop online.oversample, online.advantages.shaping: par and "
-            "online.reward.on_error: retry"
-        )
+    wrong = {
+        "online.oversample": online.oversample is not None,
+        "online.advantages.shaping: par": online.advantages.shaping == "par",
+        "online.reward.on_error: retry": online.reward.on_error == "retry",
+        "watch.limits.reward": c.watch is not None and "reward" in c.watch.limits,
+    }
+    for said in [key for key, there in wrong.items() if there]:
+        raise ValueError(f"{name} compares the images of a group, and {said} is about single ones: drop it")
 
 
 def scorers_exist(names: list[str], section: str) -> None:
@@ -252,7 +254,7 @@ def online_feed(
         model,
         prompts,
         spec,
-        Rewards(spec.reward, given.scorers or make_scorers(spec.reward.scorers), Path(config.output_dir)),
+        Rewards(spec.reward, given.scorers or make_scorers(spec.reward.scorers, together=True), Path(config.output_dir)),
         replays=replays(config),
         # steps keep the means that they were drawn from
         follows=spec.old is not None or (spec.credit == "image" and "old" in total.needs),

@@ -48,13 +48,23 @@ class ShapesScorer:
         return ScoreBatch({k: torch.tensor(v) for k, v in values.items()}, partial=frozenset({"relation"}))
 
 
-def make_scorers(names: Sequence[str], away: bool = False, made: Mapping[str, Scorer] = NONE) -> list[Scorer]:
+def make_scorers(
+    names: Sequence[str], away: bool = False, made: Mapping[str, Scorer] = NONE, together: bool = False
+) -> list[Scorer]:
     """Scorers by name; see :attr:`EvaluateSpec.scorers`. ``away`` leaves their encoders in main memory, and ``made`` are
-    there already.
+    there already. ``together`` says that all pictures of a prompt come in one batch, which some compare with each other.
 
     Raises:
-        ConfigError: two scorers would give a value of the same name, or one cannot be built as it is written.
+        ConfigError: two scorers would give a value of the same name, or one cannot be built as it is written, or compares
+            pictures that do not come together.
     """
+    from diffalign.scorers.wins import comparing
+
+    if not together and (among := comparing(names)):
+        raise ConfigError(
+            f"{among[0]} compares the pictures of a prompt with each other, which only online.reward has together",
+            hint="use vlm or unifiedreward, which see one picture",
+        )
     out = []
     for name in names:
         out.append(made[name] if name in made else make_scorer(name))

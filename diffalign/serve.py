@@ -59,7 +59,7 @@ class ScorerServer(ThreadingHTTPServer):
 
     def score(self, name: str, body: Any) -> dict[str, Any]:
         """The answer to a request; a picture that cannot be read is an error of that picture."""
-        images, prompts = _parts(body, self.max_batch)
+        images, prompts, times = _parts(body, self.max_batch)
         pictures: list[Any] = []
         errors: list[str | None] = []
         for number, text in enumerate(images):
@@ -71,8 +71,9 @@ class ScorerServer(ThreadingHTTPServer):
         good = [i for i, e in enumerate(errors) if e is None]
         found = ScoreBatch({name: torch.empty(0)})
         if good:
+            at = None if times is None else torch.tensor([times[i] for i in good])
             with self.device:
-                found = isolated(self.scorers[name][0], ScoreInput(pictures, [prompts[i] for i in good]))
+                found = isolated(self.scorers[name][0], ScoreInput(pictures, [prompts[i] for i in good], times=at))
         values: dict[str, list[float | None]] = {n: [None] * len(images) for n in found.values}
         for n, column in found.values.items():
             for i, v in zip(good, column.tolist(), strict=True):
@@ -83,7 +84,7 @@ class ScorerServer(ThreadingHTTPServer):
         return {"values": values, "errors": errors, "partial": sorted(found.partial), "truncated": truncated}
 
 
-def _parts(body: Any, limit: int) -> tuple[list[Any], list[str]]:
+def _parts(body: Any, limit: int) -> tuple[list[Any], list[str], list[float] | None]:
     if not isinstance(body, dict) or not all(isinstance(body.get(k), list) for k in ("images", "prompts")):
         raise Refused(400, 'expected {"images": [...], "prompts": [...]}')
     images, prompts = body["images"], body["prompts"]
@@ -91,7 +92,10 @@ def _parts(body: Any, limit: int) -> tuple[list[Any], list[str]]:
         raise Refused(400, f"{len(images)} images, but {len(prompts)} prompts; one text for each")
     if len(images) > limit:
         raise Refused(413, f"{len(images)} images; at most {limit} a request")
-    return images, prompts
+    times = body.get("times")
+    if times is not None and not (isinstance(times, list) and [type(t) for t in times] == [float] * len(images)):
+        raise Refused(400, f"times must be {len(images)} numbers, one for each image")
+    return images, prompts, times
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from diffalign.scorers import Scorer
     from diffalign.train.rewards import RewardSpec
 
-SEVERAL = ("geneval",)
+SEVERAL = ("geneval", "vlm-questions")
 """Scorers of the list that give more than a value of their own name."""
 
 
@@ -55,7 +55,9 @@ def values_of(scorer: str) -> set[str] | None:
         return {f"taste_{rest}"}
     if kind in COMBINED:
         return set(COMBINED[kind])
-    return {kind} if kind in SCORERS and kind not in SEVERAL else None
+    from diffalign.scorers.vlm import judges
+
+    return {kind} if kind in {*SCORERS, *judges()} - {*SEVERAL} else None
 
 
 def given_by(scorers: Sequence[str]) -> set[str] | None:

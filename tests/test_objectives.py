@@ -43,7 +43,9 @@ PARAMETERS: dict[str, dict[str, float]] = {
 """Settings at which random terms are not all in a flat part of the loss."""
 
 
-@pytest.mark.parametrize(("name", "settings"), [*((n, {}) for n in OBJECTIVES.options), *VARIANTS], ids=str)
+@pytest.mark.parametrize(
+    ("name", "settings"), [*((n, {}) for n in OBJECTIVES.options), *VARIANTS, ("awm", {"near": 1.0})], ids=str
+)
 def test_contract(name: str, settings: dict[str, Any]) -> None:
     check_objective(OBJECTIVES.options[name](**PARAMETERS.get(name, {}) | settings), prefers=name not in {"kl", "rwr"})
 

@@ -45,6 +45,14 @@ class Short:
         return scored("short", torch.ones(len(batch)), [len(p.split()) > 3 for p in batch.prompts])
 
 short = Short()
+
+class Timed:
+    name, card = "timed", Card("timed", "the time of a preview", "", "", "")
+
+    def __call__(self, batch):
+        return scored("timed", torch.zeros(len(batch)) if batch.times is None else batch.times)
+
+timed = Timed()
 """
 
 
@@ -53,7 +61,9 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ScorerSe
     (tmp_path / "served.py").write_text(PLUGS)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("DIFFALIGN_TOKEN", "secret")
-    with ScorerServer(["served:pixels", "served:picky", "served:short", "shapes"], "secret", port=0, max_batch=4) as running:
+    with ScorerServer(
+        ["served:pixels", "served:picky", "served:short", "served:timed", "shapes"], "secret", port=0, max_batch=4
+    ) as running:
         thread = threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         yield running
@@ -83,6 +93,17 @@ def test_cut_prompts_are_flagged_over_http_too(server: ScorerServer) -> None:
     remote = make_scorer(f"http:{address(server, 'short')}")
     batch = ScoreInput(BATCH.images[:5], ["a b c", "a b c d", "a", "b", "a b c d"])
     assert remote(batch).truncated == [False, True, False, False, True]
+
+
+def test_times_of_previews_travel_along(server: ScorerServer) -> None:
+    """In requests of four; a picture that cannot be read keeps the others at their own times."""
+    remote = make_scorer(f"http:{address(server, 'timed')}")
+    times = [0.0, 1.0, 2.5, 951.0, 4.0, 5.0]
+    told = ScoreInput(BATCH.images, BATCH.prompts, times=torch.tensor(times))
+    assert remote(told).values["timed"].tolist() == times
+    assert remote(BATCH).values["timed"].tolist() == [0.0] * 6
+    body = {"images": [png64(picture(0)), "!", png64(picture(1))], "prompts": ["p"] * 3, "times": [1.0, 2.0, 3.0]}
+    assert server.score("timed", body)["values"] == {"timed": [1.0, None, 3.0]}
 
 
 def test_an_address_alone_is_a_scorer(server: ScorerServer) -> None:
@@ -116,7 +137,7 @@ def test_what_is_wrong_is_refused_with_its_reason(server: ScorerServer) -> None:
     def post(body: object, path: str = "/pixels") -> tuple[int, dict]:
         return ask(server, "POST", path, body if isinstance(body, bytes) else json.dumps(body).encode(), **token)
 
-    assert ask(server, "GET", "/health") == (200, {"status": "ok", "scorers": ["pixels", "picky", "short", "shapes"]})
+    assert ask(server, "GET", "/health") == (200, {"status": "ok", "scorers": ["pixels", "picky", "short", "timed", "shapes"]})
     assert ask(server, "GET", "/pixels")[0] == 401
     assert ask(server, "POST", "/pixels", json.dumps(good).encode(), Authorization="Bearer other")[0] == 401
     assert post(good)[0] == 200
@@ -125,6 +146,8 @@ def test_what_is_wrong_is_refused_with_its_reason(server: ScorerServer) -> None:
     assert post([1])[0] == 400
     assert post({**good, "prompts": []})[0] == 400
     assert post({**good, "prompts": [1]})[0] == 400
+    for times in ([], [1.0, 2.0], ["1"], [None], 3.0):
+        assert post({**good, "times": times}, "/timed")[0] == 400
     assert post({"images": good["images"] * 5, "prompts": ["p"] * 5})[0] == 413
     status, said = post({"images": ["!", good["images"][0], ""], "prompts": ["p"] * 3})
     assert status == 200

@@ -22,6 +22,7 @@ from diffalign.scorers import ScoreInput
 from diffalign.scorers.http import Address
 from diffalign.scorers.vlm import Endpoint, Pairwise, Pointwise, VQAScore, image_1_or_2
 from diffalign.scoring import identify, make_scorer
+from diffalign.serve import ScorerServer
 from diffalign.spec import validate
 from diffalign.train.tracking import read_metrics
 
@@ -223,7 +224,14 @@ def test_wins_are_shares_of_a_groups_other_pictures(fake: Fake) -> None:
     alone = "no other picture of its prompt in the batch"
     assert found.errors == [None, None, None, alone, alone]
     again = scorer(ScoreInput([picture(0, 32), picture(1, 32), picture(2, 16)], ["p"] * 3))
-    assert again.values["vlm-wins"].tolist() == [1.0, 1.0, 0.0]  # of the two alike no verdict was read
+    assert again.values["vlm-wins"].tolist() == [
+        1.0,
+        1.0,
+        0.0,
+    ]  # of the two alike no verdict was read, of half of the pairs one
+    few = scorer(ScoreInput([picture(i, n) for i, n in enumerate([32, 32, 32, 32, 16])], ["p"] * 5))
+    assert few.values["vlm-wins"].isnan().tolist() == [True] * 4 + [False]  # one of four
+    assert "neither first nor second" in str(few.errors[0])
     nothing = scorer(ScoreInput([picture(0), picture(1)], ["p"] * 2))
     assert nothing.values["vlm-wins"].isnan().all()
     assert "neither first nor second: '?'" in str(nothing.errors[0])
@@ -238,7 +246,7 @@ def test_wins_in_unifiedrewards_words(fake: Fake) -> None:
 
 def test_a_judge_of_pairs_rewards_whole_groups(fake: Fake, tiny: Path, tmp_path: Path) -> None:
     """In training: every group's mean is one half, what is not answered stops the run, and nothing else takes it."""
-    judge = f"vlm-wins:{fake.url},m"
+    judge, alone = f"vlm-wins:{fake.url},m", r"which only online\.reward has together"
     reward = {"scorers": [judge], "weights": {"vlm-wins": 1.0}}
 
     def sections(name: str, **more: Any) -> dict[str, Any]:
@@ -254,10 +262,20 @@ def test_a_judge_of_pairs_rewards_whole_groups(fake: Fake, tiny: Path, tmp_path:
     with pytest.raises(DiffalignError, match="neither first nor second"):
         train(validate(TrainConfig, sections("failed")))
     wrong: list[dict[str, Any]] = [{"rollout": {"batch_size": 1}}, {"advantages": {"shaping": "par"}}]
-    for change in [*wrong, {"reward": {**reward, "on_error": "retry"}}]:
-        with pytest.raises(ConfigError, match="vlm-wins:.* compares"):
+    wrong += [{"reward": {**reward, "on_error": "retry"}}, {"oversample": {"candidates": 4, "steps": 1}}]
+    for change in wrong:
+        with pytest.raises(ConfigError, match=r"vlm-wins:.* compares"):
             validate(TrainConfig, sections("wrong") | {"online": online(**{"reward": reward, **change}).model_dump()})
-    with pytest.raises(ConfigError, match=r"which only online\.reward has together"):
-        validate(TrainConfig, sections("wrong") | {"evaluate": {"scorers": [judge]}})
-    with pytest.raises(ConfigError, match=r"only online\.reward has them together"):
-        score(ScoreConfig(path=str(tmp_path), scorers=[judge], output_dir=str(tmp_path / "scored")))
+    with pytest.raises(ConfigError, match=r"watch\.limits\.reward is about single ones"):
+        validate(TrainConfig, sections("wrong") | {"watch": {"limits": {"reward": {"below": 0}}}})
+    with pytest.raises(ConfigError, match="no scorer gives 'vlm_wins'"):
+        validate(
+            TrainConfig, sections("wrong") | {"online": online(reward=reward | {"weights": {"vlm_wins": 1}}).model_dump()}
+        )
+    with pytest.raises(ConfigError, match=alone):
+        train(validate(TrainConfig, sections("wrong") | {"evaluate": {"scorers": [judge]}}))
+    with pytest.raises(ConfigError, match=alone):
+        score(ScoreConfig(path=str(tmp_path), scorers=[f"minimum:shapes|{judge}"], output_dir=str(tmp_path / "scored")))
+    with pytest.raises(ConfigError, match=alone):
+        ScorerServer([judge], "secret", port=0)
+    assert not (tmp_path / "wrong").exists()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffalign.advantages import beats, hinge, par, rank, weighted, win_rate, zscore
 from diffalign.errors import ConfigError
-from diffalign.scorers.base import ScoreBatch, ScoreInput, Scorer
+from diffalign.scorers.base import ScoreBatch, ScoreInput, Scorer, isolated
 
 __all__ = [
     "COMBINED", "Combined", "beats", "ensemble", "gate", "hinge", "minimum", "par", "rank", "weighted", "win_rate",
@@ -90,7 +90,7 @@ class Combined:
         }[kind]
 
     def __call__(self, batch: ScoreInput) -> ScoreBatch:
-        found = [member(batch) for member in self.members]
+        found = [isolated(member, batch) for member in self.members]  # one that fails tears no other's batch apart
         values = {f"{n} {m.name}": _one(m, b) for n, (m, b) in enumerate(zip(self.members, found, strict=True))}
         errors: list[str | None] = [None] * len(batch)
         for member, b in zip(self.members, found, strict=True):

@@ -109,7 +109,7 @@ def projected(output: Any) -> Tensor:
     return found.float()
 
 
-def tokenizer_of(folder: Path, **more: Any) -> Any:
+def tokenizer_of(folder: Path, hint: str = "add its tokenizer.json", **more: Any) -> Any:
     """The tokenizer saved in a folder.
 
     Raises:
@@ -120,7 +120,7 @@ def tokenizer_of(folder: Path, **more: Any) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, **more)
     except (OSError, ValueError, KeyError) as e:
-        raise ModelError(f"{folder}: no tokenizer: {' '.join(str(e).split())[:200]}", hint="add its tokenizer.json") from e
+        raise ModelError(f"{folder}: no tokenizer: {' '.join(str(e).split())[:200]}", hint=hint) from e
 
 
 class CLIPTexts(TextEncoder):

@@ -122,7 +122,7 @@ class HPSv3(Reward):
 
     def __init__(self, path: Path, tokenizer: Path, instruction: Path, device: str = "cpu") -> None:
         self.instruction = instruction_of(instruction)
-        self.tokenizer = tokenizer_of(tokenizer, padding_side="right")
+        self.tokenizer = tokenizer_of(tokenizer, "that of Qwen2-VL", padding_side="right")
         self.tokenizer.add_special_tokens({"additional_special_tokens": [REWARD]})
         self.reward, self.image = self.tokenizer.convert_tokens_to_ids([REWARD, IMAGE])
         file = choose(path, *self.card.weights[0].files, "*.safetensors")

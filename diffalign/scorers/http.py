@@ -1,6 +1,7 @@
 """A scorer in another process or on another machine: JSON and PNG over HTTP, no pickle, nothing lossy.
 
-``GET /NAME`` says what the scorer is; ``POST /NAME`` takes ``{"images": [base64 PNG], "prompts": [...]}`` and gives
+``GET /NAME`` says what the scorer is; ``POST /NAME`` takes ``{"images": [base64 PNG], "prompts": [...]}``, and of previews the
+``"times"`` of :class:`diffalign.scorers.ScoreInput`, and gives
 ``{"values": {name: [number or null]}, "errors": [text or null], "partial": [name], "truncated": [bool]}``; the last two
 may be left out. ``diffalign serve`` is such a server.
 """
@@ -100,10 +101,12 @@ class HTTPScorer:
         partial: set[str] = set()
         for start in range(0, len(batch), self.max_batch):
             part = slice(start, start + self.max_batch)
-            count = len(batch.images[part])
-            said, error = self._ask(
-                "POST", {"images": [png64(i) for i in batch.images[part]], "prompts": list(batch.prompts[part])}
-            )
+            some = batch.part(part)
+            count = len(some)
+            body: dict[str, Any] = {"images": [png64(i) for i in some.images], "prompts": list(some.prompts)}
+            if some.times is not None:
+                body["times"] = some.times.tolist()
+            said, error = self._ask("POST", body)
             if error is None and (error := malformed(said, count)) is None:
                 for name, found in said["values"].items():
                     whole = values.setdefault(name, torch.full((len(batch),), torch.nan))

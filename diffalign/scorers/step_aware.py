@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,7 +24,9 @@ FREQUENCIES = 256
 
 @dataclass(frozen=True)
 class Interpolated(Preprocess):
-    """torch's bicubic resize without antialiasing, sizes rounded, overshoots cut: what SPO's code does with previews."""
+    """torch's bicubic resize without antialiasing, sizes rounded, overshoots cut: what SPO's code does with previews, which it
+    has not cut to [0, 1] before, nor rounded to bytes.
+    """
 
     eight_bit: bool = False
 
@@ -132,18 +134,12 @@ class StepAware(Similarity):
 class StepAwareSDXL(StepAware):
     """The same, tuned for previews of SDXL."""
 
-    card: ClassVar[Card] = Card(
+    card: ClassVar[Card] = replace(
+        StepAware.card,
         name="step-aware-sdxl",
         summary="exp(logit_scale) cos(preview, prompt) at the time of the preview, for SDXL",
-        unit="100 x cosine",
-        citation="Liang et al. 2024 (SPO), arXiv 2406.04314",
-        licence="none stated for the weights; of PickScore",
         weights=(
-            Weight("SPO-Diffusion-Models/Step-Aware_Preference_Models", ("sdxl_step-aware_preference_model.bin",)),
-            Weight("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", ("*.json", "merges.txt")),
+            replace(StepAware.card.weights[0], files=("sdxl_step-aware_preference_model.bin",)),
+            StepAware.card.weights[1],
         ),
-        geometry="crop",
-        size=224,
-        max_tokens=77,
-        differentiable=True,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from itertools import combinations
 from typing import ClassVar
 
@@ -21,7 +22,7 @@ class Wins(VQAScore):
     """The mean over the other pictures of its prompt in the batch of P(it is better): Pref-GRPO's reward.
 
     All pairs are asked in both orders, K (K - 1) requests for K pictures. A pair that is not answered counts for neither; a
-    picture without any answer has no value.
+    picture with answers for fewer than half of its pairs has no value.
     """
 
     card: ClassVar[Card] = Card(
@@ -50,7 +51,9 @@ class Wins(VQAScore):
         beaten = torch.full((len(batch), len(batch)), torch.nan)
         for (i, j), share in zip(pairs, shares, strict=True):
             beaten[i, j], beaten[j, i] = share, 1 - share
-        values = beaten.nanmean(1)
+        others = torch.tensor([len(groups[prompt]) - 1 for prompt in batch.prompts])
+        enough = (2 * (~beaten.isnan()).sum(1) >= others) & (others > 0)
+        values = beaten.nanmean(1).where(enough, torch.nan)
         reasons = {i: e for pair, e in zip(pairs, why, strict=True) if e for i in pair}
         alone = "no other picture of its prompt in the batch"
         errors = [None if v == v else reasons.get(i, alone) for i, v in enumerate(values.tolist())]
@@ -77,6 +80,6 @@ class UnifiedRewardWins(Wins):
 COMPARING = (Wins.card.name, UnifiedRewardWins.card.name)
 
 
-def comparing(names: list[str]) -> list[str]:
+def comparing(names: Sequence[str]) -> list[str]:
     """Those of the scorers that compare the pictures of a prompt with each other, also as members of others."""
     return [name for name in names if any(f"{kind}:" in name for kind in COMPARING)]
