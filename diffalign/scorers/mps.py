@@ -49,6 +49,7 @@ VIT_H: dict[str, Any] = {
     },
 }
 """CLIP H/14 of LAION, which PickScore and MPS were tuned from."""
+H14_TOKENIZER = Weight("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", ("*.json", "merges.txt"))
 
 
 class Gated(nn.Module):
@@ -155,7 +156,7 @@ class MPS(Reward):
         licence="MIT",
         weights=(
             Weight("RE-N-Y/mpsv1", ("*.safetensors", "MPS_overall.pth")),
-            Weight("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", ("*.json", "merges.txt")),
+            H14_TOKENIZER,
         ),
         geometry="crop",
         size=224,

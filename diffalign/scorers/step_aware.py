@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 from diffalign.scorers.base import Card, ScoreBatch, ScoreInput, Weight, require, scored
 from diffalign.scorers.clip import Similarity
 from diffalign.scorers.encoders import CLIPTexts, tokenizer_of
-from diffalign.scorers.mps import VIT_H
+from diffalign.scorers.mps import H14_TOKENIZER, VIT_H
 from diffalign.scorers.preprocess import Preprocess
 from diffalign.scorers.weights import choose, fit, read_weights, stripped
 
@@ -91,7 +91,7 @@ class StepAware(Similarity):
         licence="none stated for the weights; of PickScore",
         weights=(
             Weight("SPO-Diffusion-Models/Step-Aware_Preference_Models", ("sd-v1-5_step-aware_preference_model.bin",)),
-            Weight("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", ("*.json", "merges.txt")),
+            H14_TOKENIZER,
         ),
         geometry="crop",
         size=224,
