@@ -16,7 +16,10 @@ from diffalign import stats
 
 AGAINST = ("sft-winners", "dpo-lora")
 """What every trained row is compared with."""
-VERSUS = [("robust-flipped", "dpo-flipped"), ("dpo-guided", "sft-guided"), ("dpo-rounds-at-4", "base-guided")]
+VERSUS = [
+    ("robust-flipped", "dpo-flipped"), ("dpo-guided", "sft-guided"), ("dpo-rounds-at-4", "base-guided"),
+    ("mixgrpo", "grpo"), ("nft", "grpo"), ("online-dpo", "grpo"),
+]  # fmt: skip
 KINDS = ("colour", "shape", "count", "relation", "background")
 HEAD = """# Leaderboard
 
