@@ -209,6 +209,28 @@ def hacking_table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def safeguards_table(runs: Mapping[str, Sequence[Mapping[str, Any]]], base: Mapping[str, Any]) -> str:
+    """What is left at the end, over the base and over the first variant with the same seeds, drawn as evaluated."""
+    import torch
+
+    from diffalign import stats
+
+    first = next(iter(runs))
+    head = ("variant", "seeds", "exact", "over the base, 95 %", f"over {first}, 95 %", "clean", "second", "diversity", "s")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    exact = {name: {r["seed"]: torch.tensor(r["values"]["exact"]) for r in found} for name, found in runs.items()}
+    for name, found in runs.items():
+        gain = torch.stack(list(exact[name].values())) - torch.tensor(base["values"]["exact"])
+        both = [x - exact[first][seed] for seed, x in exact[name].items() if seed in exact[first]]
+        cells = [name, str(len(found)), f"{mean([mean(r['values']['exact']) for r in found]):.3f}"]
+        cells += [interval(stats.bootstrap_mean(gain))]
+        cells += ["" if name == first or not both else interval(stats.bootstrap_mean(torch.stack(both)))]
+        cells += [f"{mean([mean(r['values'][k]) for r in found]):.3f}" for k in ("cleanliness", "second_score")]
+        cells += [f"{mean([r['diversity'] for r in found]):.3f}", f"{mean([r['train_seconds'] for r in found]):.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Gold against proxy as training goes on, an SVG: what the judge sees, and what was paid for."""
     import matplotlib as mpl
@@ -220,14 +242,15 @@ def figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         FigureCanvasSVG(drawn)
         panels = drawn.subplots(1, 3)
         titles = {
-            "watch/reward": "its own reward",
+            "watch/reward": "its own reward, over the first look's",
             "watch/exact": "exact, by the judge",
             "watch/second_score": "facts, by the second judge",
         }
         for axes, (key, title) in zip(panels, titles.items(), strict=True):
             for n, (name, found) in enumerate(runs.items()):
                 for i, r in enumerate(found):
-                    points = [(x["step"], x[key]) for x in r["looks"] if key in x]
+                    unit = r["looks"][0][key] if key == "watch/reward" else 1.0  # sums of rewards have other scales
+                    points = [(x["step"], x[key] / unit) for x in r["looks"] if key in x]
                     axes.plot(*zip(*points, strict=True), color=f"C{n}", lw=1.3, label=name if i == 0 else None)
             axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
             axes.set_xlabel("step")
@@ -239,6 +262,8 @@ def figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     return buffer.getvalue()
 
 
+LOOKED = """Looks every 16 steps, at 256 images of 128 prompts: what was paid for, what the judge saw, and the step at which \
+each monitor had moved by a tenth."""
 HEAD = """# Studies of online training
 
 On the UNet of the built-in world, on prompts of the select split, printed by `python benchmarks/studies.py table`. They \
@@ -253,7 +278,8 @@ def write_tables() -> str:
     if found := results("grpo"):
         parts += [f"## {GRPO.what}", grpo_table(found, base_values(GRPO.prompts))]
     if found := results("hacking"):
-        parts += [f"## {HACKING.what}", "![Gold against proxy](online-studies.svg)", hacking_table(found)]
+        parts += [f"## {HACKING.what}", "![Gold against proxy](online-studies.svg)"]
+        parts += [safeguards_table(found, base_values(HACKING.prompts)), LOOKED, hacking_table(found)]
         write_text(ROOT / "docs" / "online-studies.svg", figure(found))
     text = "\n\n".join(parts)
     write_text(ROOT / "docs" / "online-studies.md", text + "\n")

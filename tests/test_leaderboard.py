@@ -75,7 +75,7 @@ def test_variants_of_the_studies_are_configurations(monkeypatch: pytest.MonkeyPa
 
 def test_looks_of_a_study_tell_where_gold_was_best_and_what_spoke(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    from studies import alarms, figure, hacking_table
+    from studies import alarms, figure, hacking_table, safeguards_table
 
     gold, second = [0.3, 0.5, 0.4, 0.2], [0.8, 0.85, 0.9, 0.7]
     looks = [
@@ -91,3 +91,14 @@ def test_looks_of_a_study_tell_where_gold_was_best_and_what_spoke(monkeypatch: p
     assert cells[2:9] == ["1", "20.000 to 23.000", "0.300", "0.500 (10)", "0.400 (20)", "0.200", "0.800 to 0.800"]
     assert cells[10] == "diversity (20), second_score (20)"
     assert figure(runs).startswith("<?xml")
+    low, values = [0.0, 0.5, 0.5, 1.0], {"cleanliness": [0.8] * 4, "second_score": [0.9] * 4}
+
+    def run(seed: int, by: float) -> dict[str, Any]:
+        return {"seed": seed, "values": {"exact": [x + by for x in low], **values}, "diversity": 0.1, "train_seconds": 60.0}
+
+    both = {"clip": [run(0, 0.1), run(1, 0.2)], "kl": [run(0, 0.4)]}
+    lines = safeguards_table(both, {"values": {"exact": low}}).splitlines()
+    assert [c.strip() for c in lines[2].strip("|").split("|")][:3] == ["clip", "2", "0.650"]
+    assert "+0.150 [" in lines[2]
+    cells = [c.strip() for c in lines[3].strip("|").split("|")]
+    assert cells[3:5] == ["+0.400 [+0.400, +0.400]", "+0.300 [+0.300, +0.300]"]  # of the seed that both have
