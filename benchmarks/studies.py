@@ -268,8 +268,8 @@ more, and late ones alone (steps-5-to-8) are worth less. One noise a prompt beat
 then the images of a group differ by nothing but the noise that is trained. Guidance in rollouts and training \
 costs twice the passes and is worth no more than training without it and sampling with it. Half the noise does \
 as well."""
-HACKING_SAYS = """One seed each. The learned CLIP is a good reward for 80 steps, as the judge sees it, and then goes on being paid \
-a little more for a little less. The looks' prompts are harder than the 256 others: compare within a column. \
+HACKING_SAYS = """One seed each. The learned CLIP is a good reward for 80 steps, as the judge sees it, and then goes on being \
+paid a little more for a little less. The looks' prompts are harder than the 256 others: compare within a column. \
 Paid by its win rate in the group, the same CLIP does not turn within 160 steps. The second judge beside it, \
 each normalised in its group, is worth most, and is nearly the judge itself. A KL of 0.1 holds the model back \
 and does not keep it from turning: it ends below where it was. Stopping where the second judge is happiest gets \
