@@ -262,20 +262,20 @@ def figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     return buffer.getvalue()
 
 
-GRPO_SAYS = """One seed each, so differences of less than about 0.1 may be the seed's. Which steps are trained decides: with \
-the last of ten among them the gain is a quarter, without it nine are worth as much as the first four and cost \
-more, and late ones alone (steps-5-to-8) are worth less. One noise a prompt beats a noise of each image's own: \
-then the images of a group differ by nothing but the noise that is trained. Guidance in rollouts and training \
-costs twice the passes and is worth no more than training without it and sampling with it. Half the noise does \
-as well."""
-HACKING_SAYS = """One seed each. The learned CLIP is a good reward for 80 steps, as the judge sees it, and then goes on being \
-paid a little more for a little less. The looks' prompts are harder than the 256 others: compare within a column. \
-Paid by its win rate in the group, the same CLIP does not turn within 160 steps. The second judge beside it, \
-each normalised in its group, is worth most, and is nearly the judge itself. A KL of 0.1 holds the model back \
-and does not keep it from turning: it ends below where it was. Stopping where the second judge is happiest gets \
-back some of what was lost. No monitor of looks marks the turn: saturation, edges, the norm of the prediction \
-and diversity move as far where exact keeps rising. What they tell is the price, diversity, which falls in every \
-run."""
+GRPO_SAYS = """One seed each, so differences of less than about 0.1 may be the seed's. Which steps are trained decides: \
+with the last of ten among them the gain is less than a third, without it nine are worth as much as the \
+first four and cost more, and late ones alone (steps-5-to-8) are worth less. One noise a prompt beats a \
+noise of each image's own: then the images of a group differ by nothing but the noise that is trained. \
+Guidance in rollouts and training costs twice the passes and is worth no more than training without it and \
+sampling with it. Half the noise does as well."""
+HACKING_SAYS = """One seed each, and not settled. On the prompts of the looks the learned CLIP is a good reward for 80 steps, \
+as the judge sees it, and then goes on being paid a little more for a little less; on the 256 others, which \
+are easier and were drawn at the end alone, it ends level with its win rate, which turns on neither. The \
+second judge beside it, each normalised in its group, is worth most, and is nearly the judge itself. A KL of \
+0.1 holds the model back and does not keep it from turning. Stopping where the second judge is happiest gets \
+back some of what was lost. No monitor of looks marks the turn: saturation, edges, the norm of the \
+prediction and diversity move as far where exact keeps rising. What they tell is the price, diversity, which \
+falls in every run."""
 LOOKED = """Looks every 16 steps, at 256 images of 128 prompts: what was paid for, what the judge saw, and the step at which \
 each monitor had moved by a tenth."""
 HEAD = """# Studies of online training
