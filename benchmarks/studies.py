@@ -264,11 +264,11 @@ def figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 GRPO_SAYS = """One seed each, so differences of less than about 0.1 may be the seed's. Which steps are trained decides: \
 with the last of ten among them the gain is less than a third, without it nine are worth as much as the \
-first four and cost more, and late ones alone (steps-5-to-8) are worth less. One noise a prompt beats a \
-noise of each image's own: then the images of a group differ by nothing but the noise that is trained. \
-Guidance in rollouts and training costs twice the passes and is worth no more than training without it and \
-sampling with it. Half the noise does as well, and three times the rate; a quarter of the rate, or of the \
-updates of each rollout, gains less than half. A KL of 0.1 costs four tenths of it."""
+first four and cost more, and late ones alone (steps-5-to-8) are worth less. One noise a prompt does better \
+than a noise of each image's own, by no more than a seed may. Guidance in rollouts and training costs twice \
+the passes and is worth no more than training without it and sampling with it. Half the noise does as well, \
+and three times the rate; a quarter of the rate, or of the updates of each rollout, gains less than half. A \
+KL of 0.1 costs four tenths of it."""
 HACKING_SAYS = """One seed each, and not settled. On the prompts of the looks the learned CLIP is a good reward for 80 steps, \
 as the judge sees it, and then goes on being paid a little more for a little less; on the 256 others, which \
 are easier and were drawn at the end alone, it ends level with its win rate, which turns on neither. The \

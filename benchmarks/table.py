@@ -46,8 +46,9 @@ them: see the quality of labels. How strong the loss is, and its rate: several l
 lists were near SFT at the main job's beta and near the top at a smaller one, and DMPO and noise by inversion (SmPO, \
 DDIM-Inversion PO) broke the model at its rate and learned at a lower one (`benchmarks/results/trials.jsonl`). The base at \
 guidance 4, which nobody trained, stands among the best losses on stored pairs. Methods that sample as they train and are \
-paid by the judge go furthest on both worlds, for two to eleven times the passes of DPO: GRPO and MixGRPO, which lose the \
-most variety; DiffusionNFT, level with GRPO on the flow world at twice its variety and half its passes; online DPO. DRaFT \
+paid by the judge go furthest on both worlds, for two to eleven times the passes of DPO: GRPO, and MixGRPO on the \
+UNet, which lose the most variety; DiffusionNFT, level with GRPO on the flow world at twice its variety and half its \
+passes; online DPO. DRaFT \
 of the learned CLIP gains on the UNet what DPO does and nothing on the flow world.
 
 It does not show that one of these losses is better than Diffusion-DPO at the same pairs and passes: no such \

@@ -93,7 +93,9 @@ def _parts(body: Any, limit: int) -> tuple[list[Any], list[str], list[float] | N
     if len(images) > limit:
         raise Refused(413, f"{len(images)} images; at most {limit} a request")
     times = body.get("times")
-    if times is not None and not (isinstance(times, list) and [type(t) for t in times] == [float] * len(images)):
+    if times is not None and not (
+        isinstance(times, list) and len(times) == len(images) and {type(t) for t in times} <= {int, float}
+    ):
         raise Refused(400, f"times must be {len(images)} numbers, one for each image")
     return images, prompts, times
 

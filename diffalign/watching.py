@@ -13,6 +13,7 @@ from diffalign.errors import ConfigError
 from diffalign.evaluation import EvaluateSpec, asked_of, known_scorers
 from diffalign.scorers import SCORERS
 from diffalign.scorers.combine import COMBINED, members_of
+from diffalign.scorers.vlm import judges
 from diffalign.scoring import ShapesScorer, make_scorers
 from diffalign.spec import Spec, did_you_mean
 from diffalign.train.watch import PREFIX, STATISTICS, Judge, Limit, Watcher
@@ -55,8 +56,6 @@ def values_of(scorer: str) -> set[str] | None:
         return {f"taste_{rest}"}
     if kind in COMBINED:
         return set(COMBINED[kind])
-    from diffalign.scorers.vlm import judges
-
     return {kind} if kind in {*SCORERS, *judges()} - {*SEVERAL} else None
 
 

@@ -102,7 +102,7 @@ def test_times_of_previews_travel_along(server: ScorerServer) -> None:
     told = ScoreInput(BATCH.images, BATCH.prompts, times=torch.tensor(times))
     assert remote(told).values["timed"].tolist() == times
     assert remote(BATCH).values["timed"].tolist() == [0.0] * 6
-    body = {"images": [png64(picture(0)), "!", png64(picture(1))], "prompts": ["p"] * 3, "times": [1.0, 2.0, 3.0]}
+    body = {"images": [png64(picture(0)), "!", png64(picture(1))], "prompts": ["p"] * 3, "times": [1.0, 2.0, 3]}
     assert server.score("timed", body)["values"] == {"timed": [1.0, None, 3.0]}
 
 

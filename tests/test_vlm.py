@@ -224,11 +224,8 @@ def test_wins_are_shares_of_a_groups_other_pictures(fake: Fake) -> None:
     alone = "no other picture of its prompt in the batch"
     assert found.errors == [None, None, None, alone, alone]
     again = scorer(ScoreInput([picture(0, 32), picture(1, 32), picture(2, 16)], ["p"] * 3))
-    assert again.values["vlm-wins"].tolist() == [
-        1.0,
-        1.0,
-        0.0,
-    ]  # of the two alike no verdict was read, of half of the pairs one
+    # of the two alike no verdict was read: each of them has one of two pairs
+    assert again.values["vlm-wins"].tolist() == [1.0, 1.0, 0.0]
     few = scorer(ScoreInput([picture(i, n) for i, n in enumerate([32, 32, 32, 32, 16])], ["p"] * 5))
     assert few.values["vlm-wins"].isnan().tolist() == [True] * 4 + [False]  # one of four
     assert "neither first nor second" in str(few.errors[0])
