@@ -91,10 +91,12 @@ HACKING = Study(
         "clip-kl": ("with KL to the base, weight 0.1", (CLIP, "objective.beta=0.1")),
         "clip-win-rate": ("its win rate in the group in place of its value", (CLIP, "online.advantages.shaping=win_rate")),
         "clip-ensemble": ("with the second judge, each normalised in its group", (BOTH, "online.advantages.aggregate=gdpo")),
+        "clip-early-stop": ("the learned CLIP alone, the weights that the second judge liked best",
+                            (CLIP, "train.metric_for_best=watch/second_score", "train.load_best=true")),
         "judge": ("the exact judge's reward, for comparison", ()),
     },
     looked_at=LOOKS,
-)
+)  # fmt: skip
 ALL = {"grpo": GRPO, "hacking": HACKING}
 
 
