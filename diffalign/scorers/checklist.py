@@ -12,12 +12,25 @@ from PIL import Image
 
 from diffalign.errors import ConfigError
 from diffalign.scorers.base import Card, ScoreBatch, ScoreInput, require
-from diffalign.scorers.vlm import Endpoint, Unread, VQAScore, yes
+from diffalign.scorers.vlm import Absolute, Endpoint, Judge, Unread, yes
 
 ASK = "{question} Answer with one word, yes or no."
 
 
-class Questions(VQAScore):
+def answers(endpoint: Endpoint, image: Image.Image, questions: Sequence[Mapping[str, Any]]) -> list[float]:
+    """P(yes) of each question, 0 where a parent is not yes. Parents stand before their children.
+
+    Raises:
+        Unread: no answer that can be read.
+    """
+    found: list[float] = []
+    for q in questions:
+        held = all(found[p] > 0.5 for p in q.get("parents", ()) if p < len(found))
+        found.append(yes(endpoint.ask(ASK.replace("{question}", q["text"]), [image], tokens=1, top=20)) if held else 0.0)
+    return found
+
+
+class Questions(Judge):
     """Share of the questions in ``metadata[i]["questions"]`` that are answered yes, and the share of each ``dimension``.
 
     A question is ``{"text", "parents", "dimension"}``. One whose parents are not all yes counts as no, and is not asked.
@@ -34,22 +47,6 @@ class Questions(VQAScore):
     )
     default = "{prompt}"
 
-    def ask(self, image: Image.Image, text: str) -> float:
-        """P(yes).
-
-        Raises:
-            Unread: no answer that can be read.
-        """
-        return yes(self.endpoint.ask(ASK.replace("{question}", text), [image], tokens=1, top=20))
-
-    def answers(self, image: Image.Image, questions: Sequence[Mapping[str, Any]]) -> list[float]:
-        """P(yes) of each question, 0 where a parent is not yes. Parents stand before their children."""
-        found: list[float] = []
-        for q in questions:
-            held = all(found[p] > 0.5 for p in q.get("parents", ()) if p < len(found))
-            found.append(self.ask(image, q["text"]) if held else 0.0)
-        return found
-
     def __call__(self, batch: ScoreInput) -> ScoreBatch:
         require(self.card, batch)
         rows = batch.metadata or ()
@@ -59,7 +56,7 @@ class Questions(VQAScore):
             questions = rows[i].get("questions") or []
             if not questions:
                 raise Unread("nothing says what to ask: no questions")
-            held = [p > 0.5 for p in self.answers(batch.images[i], questions)]
+            held = [p > 0.5 for p in answers(self.endpoint, batch.images[i], questions)]
             of: dict[str, list[bool]] = defaultdict(list)
             for q, ok in zip(questions, held, strict=True):
                 if q.get("dimension"):
@@ -73,7 +70,7 @@ class Questions(VQAScore):
         return ScoreBatch({self.name: values, **out}, errors, frozenset(names))
 
 
-class Checklist(Questions):
+class Checklist(Absolute):
     """Sum of weight x (+1 for yes, -1 for no) over the questions of a JSON file; masked ones count 0.
 
     The file is a list of ``{"text", "weight", "parents", "probability"}``: a question whose parents are not all yes is
@@ -101,11 +98,9 @@ class Checklist(Questions):
 
     def value(self, image: Image.Image, prompt: str) -> float:
         asked = [{**q, "text": q["text"].replace("{prompt}", prompt)} for q in self.questions]
-        found = self.answers(image, asked)
+        found = answers(self.endpoint, image, asked)
         total = 0.0
         for q, p in zip(asked, found, strict=True):
             masked = not all(found[i] > 0.5 for i in q.get("parents", ()))
             total += 0 if masked else q["weight"] * (p if q.get("probability") else 1 if p > 0.5 else -1)
         return total
-
-    __call__ = VQAScore.__call__

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -110,18 +111,11 @@ def written(choice: dict[str, Any]) -> str:
     return str(message.get("content") or "") if isinstance(message, dict) else ""
 
 
-class VQAScore:
-    """P(yes) to whether the picture shows its prompt."""
+class Judge(ABC):
+    """A scorer that asks ``endpoint`` in the words of ``template``, which holds ``{prompt}``."""
 
-    card: ClassVar[Card] = Card(
-        name="vlm",
-        summary="P(yes) to whether the picture shows the prompt, by log-probabilities of a vision-language model",
-        unit="probability, 0 to 1",
-        citation="Lin et al. 2024 (VQAScore), arXiv 2404.01291",
-        licence="of the model",
-        across_prompts=True,
-    )
-    default: ClassVar[str] = QUESTION
+    card: ClassVar[Card]
+    default: ClassVar[str]
 
     def __init__(self, endpoint: Endpoint, template: str | None = None) -> None:
         self.endpoint, self.template = endpoint, template or self.default
@@ -133,13 +127,20 @@ class VQAScore:
     def text(self, prompt: str) -> str:
         return self.template.replace("{prompt}", prompt)
 
+    @abstractmethod
+    def __call__(self, batch: ScoreInput) -> ScoreBatch: ...
+
+
+class Absolute(Judge):
+    """A value of each picture by itself."""
+
+    @abstractmethod
     def value(self, image: Image.Image, prompt: str) -> float:
         """Of one picture.
 
         Raises:
             Unread: no answer that can be read.
         """
-        return yes(self.endpoint.ask(self.text(prompt), [image], tokens=1, top=20))
 
     def __call__(self, batch: ScoreInput) -> ScoreBatch:
         require(self.card, batch)
@@ -147,7 +148,24 @@ class VQAScore:
         return ScoreBatch({self.name: values}, errors)
 
 
-class Pointwise(VQAScore):
+class VQAScore(Absolute):
+    """P(yes) to whether the picture shows its prompt."""
+
+    card = Card(
+        name="vlm",
+        summary="P(yes) to whether the picture shows the prompt, by log-probabilities of a vision-language model",
+        unit="probability, 0 to 1",
+        citation="Lin et al. 2024 (VQAScore), arXiv 2404.01291",
+        licence="of the model",
+        across_prompts=True,
+    )
+    default = QUESTION
+
+    def value(self, image: Image.Image, prompt: str) -> float:
+        return yes(self.endpoint.ask(self.text(prompt), [image], tokens=1, top=20))
+
+
+class Pointwise(Absolute):
     """The number from 0 to 10 that the model writes, and nothing that merely contains one."""
 
     card = Card(
@@ -168,7 +186,7 @@ class Pointwise(VQAScore):
         return float(match[1])
 
 
-class UnifiedReward(VQAScore):
+class UnifiedReward(Absolute):
     """The number behind "Final Score:" that UnifiedReward writes. Give the template that it was trained with."""
 
     card = Card(
@@ -242,7 +260,7 @@ class Pairwise:
         return self.read(written(self.endpoint.ask(self.template.replace("{prompt}", prompt), [a, b], self.tokens)))
 
 
-def judges() -> dict[str, type[VQAScore]]:
+def judges() -> dict[str, type[Judge]]:
     """By name."""
     from diffalign.scorers.checklist import Checklist, Questions
     from diffalign.scorers.wins import UnifiedRewardWins, Wins
@@ -251,7 +269,7 @@ def judges() -> dict[str, type[VQAScore]]:
     return {cls.card.name: cls for cls in found}
 
 
-def make_judge(kind: str, rest: str) -> VQAScore:
+def make_judge(kind: str, rest: str) -> Judge:
     """A judge by ``URL,MODEL`` or ``URL,MODEL,FILE``, a file with a template that holds ``{prompt}`` (or with questions).
 
     Raises:

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from diffalign.scorers.base import Card, ScoreBatch, ScoreInput, require
-from diffalign.scorers.vlm import CHOICE, Pairwise, VQAScore, first_or_second, image_1_or_2
+from diffalign.scorers.vlm import CHOICE, Judge, Pairwise, first_or_second, image_1_or_2
 
 VERDICT = (
     'Both images were made for "{prompt}". Compare them, then write "Image 1 is better", "Image 2 is better" or "Both images '
@@ -18,7 +18,7 @@ VERDICT = (
 )
 
 
-class Wins(VQAScore):
+class Wins(Judge):
     """The mean over the other pictures of its prompt in the batch of P(it is better): Pref-GRPO's reward.
 
     All pairs are asked in both orders, K (K - 1) requests for K pictures. A pair that is not answered counts for neither; a
