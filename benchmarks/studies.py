@@ -78,26 +78,36 @@ GRPO = Study(
                   ("objective={type: grpo_guard, clip_range: 2e-3}", rollout(window="{type: fixed, begin: 0, size: 9}"))),
     },
 )  # fmt: skip
+WATCH = f'watch={{prompts: "shapes:select", num_prompts: 128, images_per_prompt: 2, scorers: [shapes, "{SECOND}"]}}'
+STOP = ("train.metric_for_best=watch/second_score", "train.load_best=true")
+STOPPED = "the weights that the second judge liked best"
 LOOKS = ("diversity", "saturation", "colour_entropy", "edge_density", "brightness", "prediction_norm", "second_score")
 HACKING = Study(
     "GRPO of the learned CLIP's reward, 40 rollouts of 512 images",
     "shapes-grpo.yaml",
-    (
-        "train.eval_steps=16",
-        f'watch={{prompts: "shapes:select", num_prompts: 128, images_per_prompt: 2, scorers: [shapes, "{SECOND}"]}}',
-    ),
+    ("train.eval_steps=16", WATCH),
     {
         "clip": ("the learned CLIP alone", (CLIP,)),
         "clip-kl": ("with KL to the base, weight 0.1", (CLIP, "objective.beta=0.1")),
         "clip-win-rate": ("its win rate in the group in place of its value", (CLIP, "online.advantages.shaping=win_rate")),
         "clip-ensemble": ("with the second judge, each normalised in its group", (BOTH, "online.advantages.aggregate=gdpo")),
-        "clip-early-stop": ("the learned CLIP alone, the weights that the second judge liked best",
-                            (CLIP, "train.metric_for_best=watch/second_score", "train.load_best=true")),
+        "clip-early-stop": (f"the learned CLIP alone, {STOPPED}", (CLIP, *STOP)),
+        "clip-rate-triple": ("the learned CLIP alone, rate 3e-3", (CLIP, "train.learning_rate=3e-3")),
         "judge": ("the exact judge's reward, for comparison", ()),
     },
     looked_at=LOOKS,
 )  # fmt: skip
-ALL = {"grpo": GRPO, "hacking": HACKING}
+DIRECT = Study(
+    "DRaFT of the learned CLIP's reward, 400 steps of 32 images",
+    "shapes-draft.yaml",
+    ("train.max_steps=400", "train.eval_steps=40", WATCH),
+    {
+        "clip": ("the worked example, four times as long", ()),
+        "clip-early-stop": (STOPPED, STOP),
+    },
+    looked_at=LOOKS,
+)
+ALL = {"grpo": GRPO, "hacking": HACKING, "direct": DIRECT}
 
 
 def run(study: str, variant: str, seed: int) -> dict[str, Any]:
