@@ -1,9 +1,11 @@
-"""Two studies of online training on the built-in world, a run a variant, minutes each.
+"""Studies of online training on the built-in world, a run a variant, minutes each.
 
     python benchmarks/studies.py run grpo        # what makes GRPO learn: the worked example, one setting changed at a time
-    python benchmarks/studies.py run hacking     # a learned reward pushed too far, as the exact judge sees it
+    python benchmarks/studies.py run hacking     # a learned reward as GRPO's, as the exact judge sees it
+    python benchmarks/studies.py run pushed      # the same at three times the rate
+    python benchmarks/studies.py run direct      # the same reward differentiated
     python benchmarks/studies.py run hacking clip-kl --seeds 1
-    python benchmarks/studies.py table           # print both and write docs/online-studies.md with its figure
+    python benchmarks/studies.py table           # print all and write docs/online-studies.md with its figure
 
 A run is ``results/studies/STUDY-VARIANT-SEED.json``; what is there is not run again, an unfinished one goes on. Prompts are
 of the select split: these runs choose settings, and the leaderboard measures what was chosen on test.
@@ -17,7 +19,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from leaderboard import RESULTS, ROOT, WORLDS, measured, train_once, write
@@ -40,8 +42,6 @@ class Study:
     overrides: tuple[str, ...]
     variants: dict[str, tuple[str, tuple[str, ...]]]
     prompts: int = 256
-    looked_at: tuple[str, ...] = field(default=())
-    """Values of the looks whose alarms are told."""
 
 
 def rollout(**changed: str) -> str:
@@ -82,32 +82,38 @@ WATCH = f'watch={{prompts: "shapes:select", num_prompts: 128, images_per_prompt:
 STOP = ("train.metric_for_best=watch/second_score", "train.load_best=true")
 STOPPED = "the weights that the second judge liked best"
 LOOKS = ("diversity", "saturation", "colour_entropy", "edge_density", "brightness", "prediction_norm", "second_score")
+SAFEGUARDS = {
+    "clip": ("the learned CLIP alone", (CLIP,)),
+    "clip-kl": ("with KL to the base, weight 0.1", (CLIP, "objective.beta=0.1")),
+    "clip-win-rate": ("its win rate in the group in place of its value", (CLIP, "online.advantages.shaping=win_rate")),
+    "clip-ensemble": ("with the second judge, each normalised in its group", (BOTH, "online.advantages.aggregate=gdpo")),
+    "clip-early-stop": (f"the learned CLIP alone, {STOPPED}", (CLIP, *STOP)),
+    "judge": ("the exact judge's reward, for comparison", ()),
+}
 HACKING = Study(
-    "GRPO of the learned CLIP's reward, 40 rollouts of 512 images",
+    "GRPO of the learned CLIP's reward, 40 rollouts of 512 images, as the worked example has it",
     "shapes-grpo.yaml",
     ("train.eval_steps=16", WATCH),
-    {
-        "clip": ("the learned CLIP alone", (CLIP,)),
-        "clip-kl": ("with KL to the base, weight 0.1", (CLIP, "objective.beta=0.1")),
-        "clip-win-rate": ("its win rate in the group in place of its value", (CLIP, "online.advantages.shaping=win_rate")),
-        "clip-ensemble": ("with the second judge, each normalised in its group", (BOTH, "online.advantages.aggregate=gdpo")),
-        "clip-early-stop": (f"the learned CLIP alone, {STOPPED}", (CLIP, *STOP)),
-        "clip-rate-triple": ("the learned CLIP alone, rate 3e-3", (CLIP, "train.learning_rate=3e-3")),
-        "judge": ("the exact judge's reward, for comparison", ()),
-    },
-    looked_at=LOOKS,
-)  # fmt: skip
+    SAFEGUARDS,
+)
+PUSHED = Study(
+    "The same at three times the rate, 3e-3",
+    HACKING.config,
+    (*HACKING.overrides, "train.learning_rate=3e-3"),
+    SAFEGUARDS,
+)
+FAST = ("train.learning_rate=1e-3",)
 DIRECT = Study(
     "DRaFT of the learned CLIP's reward, 400 steps of 32 images",
     "shapes-draft.yaml",
     ("train.max_steps=400", "train.eval_steps=40", WATCH),
     {
         "clip": ("the worked example, four times as long", ()),
-        "clip-early-stop": (STOPPED, STOP),
+        "clip-fast": ("rate 1e-3, five times the example's", FAST),
+        "clip-fast-early-stop": (f"rate 1e-3, {STOPPED}", (*FAST, *STOP)),
     },
-    looked_at=LOOKS,
 )
-ALL = {"grpo": GRPO, "hacking": HACKING, "direct": DIRECT}
+ALL = {"grpo": GRPO, "hacking": HACKING, "pushed": PUSHED, "direct": DIRECT}
 
 
 def run(study: str, variant: str, seed: int) -> dict[str, Any]:
@@ -192,7 +198,7 @@ def grpo_table(runs: Mapping[str, Sequence[Mapping[str, Any]]], base: Mapping[st
 def alarms(looks: Sequence[Mapping[str, Any]], by: float = 0.1) -> dict[str, int]:
     """For each monitor the first step at which it had moved by more than this share of the first look."""
     start, out = looks[0], dict[str, int]()
-    for name in HACKING.looked_at:
+    for name in LOOKS:
         key = f"watch/{name}"
         moved = [x["step"] for x in looks if key in x and abs(x[key] - start[key]) > by * abs(start[key])]
         if moved:
@@ -202,23 +208,35 @@ def alarms(looks: Sequence[Mapping[str, Any]], by: float = 0.1) -> dict[str, int
 
 def hacking_table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Proxy and gold at the first look, where gold was best, where the second judge was best, and at the end."""
-    head = ("variant", "reward", "seed", "proxy, first to last", "exact at first", "at its best (step)",
+    head = ("variant", "seed", "proxy, first to last", "exact at first", "at its best (step)",
             "at the second judge's best (step)", "at the end", "clean, first to last", "diversity, first to last",
             "moved by a tenth (step)")  # fmt: skip
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for name, found in runs.items():
-        for r in found:
-            looks = r["looks"]
-            first, last = looks[0], looks[-1]
-            gold = max(looks, key=lambda x: x["watch/exact"])
-            stopped = max(looks, key=lambda x: x["watch/second_score"])
-            ends = [f"{first[f'watch/{k}']:.3f} to {last[f'watch/{k}']:.3f}" for k in ("reward", "cleanliness", "diversity")]
-            spoke = ", ".join(f"{k} ({step})" for k, step in alarms(looks).items())
-            at = [f"{x['watch/exact']:.3f} ({x['step']})" for x in (gold, stopped)]
-            cells = [name, HACKING.variants[name][0], str(r["seed"]), ends[0], f"{first['watch/exact']:.3f}", *at]
-            cells += [f"{last['watch/exact']:.3f}", *ends[1:], spoke]
-            lines.append(f"| {' | '.join(cells)} |")
+    for name, r in trainings(runs):
+        looks = r["looks"]
+        first, last = looks[0], looks[-1]
+        gold = max(looks, key=lambda x: x["watch/exact"])
+        stopped = max(looks, key=lambda x: x["watch/second_score"])
+        ends = [f"{first[f'watch/{k}']:.3f} to {last[f'watch/{k}']:.3f}" for k in ("reward", "cleanliness", "diversity")]
+        spoke = ", ".join(f"{k} ({step})" for k, step in alarms(looks).items())
+        at = [f"{x['watch/exact']:.3f} ({x['step']})" for x in (gold, stopped)]
+        cells = [
+            name,
+            str(r["seed"]),
+            ends[0],
+            f"{first['watch/exact']:.3f}",
+            *at,
+            f"{last['watch/exact']:.3f}",
+            *ends[1:],
+            spoke,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def trainings(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Runs with their variants, without those that are another's with other weights kept: their looks are the same."""
+    return [(name, r) for name, found in runs.items() for r in found if not set(STOP) <= set(r["overrides"])]
 
 
 def safeguards_table(runs: Mapping[str, Sequence[Mapping[str, Any]]], base: Mapping[str, Any]) -> str:
@@ -243,32 +261,35 @@ def safeguards_table(runs: Mapping[str, Sequence[Mapping[str, Any]]], base: Mapp
     return "\n".join(lines)
 
 
-def figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Gold against proxy as training goes on, an SVG: what the judge sees, and what was paid for."""
+def figure(studies: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> str:
+    """Gold against proxy as training goes on, an SVG: what was paid for, what the judges see, a row of panels a study."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
+    titles = {
+        "watch/reward": "its own reward, over the first look's",
+        "watch/exact": "exact, by the judge",
+        "watch/second_score": "facts, by the second judge",
+    }
+    colours = {name: f"C{n}" for n, name in enumerate(SAFEGUARDS)}
     with mpl.rc_context({"svg.hashsalt": "diffalign", "font.size": 9, "font.family": "DejaVu Sans"}):
-        drawn = Figure(figsize=(9, 3.2), layout="constrained")
+        drawn = Figure(figsize=(9, 0.6 + 2.5 * len(studies)), layout="constrained")
         FigureCanvasSVG(drawn)
-        panels = drawn.subplots(1, 3)
-        titles = {
-            "watch/reward": "its own reward, over the first look's",
-            "watch/exact": "exact, by the judge",
-            "watch/second_score": "facts, by the second judge",
-        }
-        for axes, (key, title) in zip(panels, titles.items(), strict=True):
-            for n, (name, found) in enumerate(runs.items()):
-                for i, r in enumerate(found):
+        panels = drawn.subplots(len(studies), len(titles), squeeze=False)
+        shown = dict[str, Any]()
+        for row, (which, runs) in zip(panels, studies.items(), strict=True):
+            row[0].set_ylabel(which)
+            for axes, (key, title) in zip(row, titles.items(), strict=True):
+                for name, r in trainings(runs):
                     unit = r["looks"][0][key] if key == "watch/reward" else 1.0  # sums of rewards have other scales
                     points = [(x["step"], x[key] / unit) for x in r["looks"] if key in x]
-                    axes.plot(*zip(*points, strict=True), color=f"C{n}", lw=1.3, label=name if i == 0 else None)
-            axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
-            axes.set_xlabel("step")
-            axes.grid(alpha=0.25)
-            axes.spines[["top", "right"]].set_visible(False)
-        drawn.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=5)
+                    shown[name] = axes.plot(*zip(*points, strict=True), color=colours.get(name, "C9"), lw=1.3)[0]
+                axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+                axes.set_xlabel("step")
+                axes.grid(alpha=0.25)
+                axes.spines[["top", "right"]].set_visible(False)
+        drawn.legend(list(shown.values()), list(shown), frameon=False, loc="outside lower center", ncols=len(shown))
         buffer = io.StringIO()
         drawn.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
@@ -281,14 +302,10 @@ than a noise of each image's own, by no more than a seed may. Guidance in rollou
 the passes and is worth no more than training without it and sampling with it. Half the noise does as well, \
 and three times the rate; a quarter of the rate, or of the updates of each rollout, gains less than half. A \
 KL of 0.1 costs four tenths of it."""
-HACKING_SAYS = """One seed each, and not settled. On the prompts of the looks the learned CLIP is a good reward for 80 steps, \
-as the judge sees it, and then goes on being paid a little more for a little less; on the 256 others, which \
-are easier and were drawn at the end alone, it ends level with its win rate, which turns on neither. The \
-second judge beside it, each normalised in its group, is worth most, and is nearly the judge itself. A KL of \
-0.1 holds the model back and does not keep it from turning. Stopping where the second judge is happiest gets \
-back some of what was lost. No monitor of looks marks the turn: saturation, edges, the norm of the \
-prediction and diversity move as far where exact keeps rising. What they tell is the price, diversity, which \
-falls in every run."""
+HACKING_HEAD = """## A learned reward, as the exact judge sees it
+
+![Gold against proxy](online-studies.svg)"""
+HACKING_SAYS = {"hacking": """TODO""", "pushed": """TODO""", "direct": """TODO"""}
 LOOKED = """Looks every 16 steps, at 256 images of 128 prompts: what was paid for, what the judge saw, and the step at which \
 each monitor had moved by a tenth."""
 HEAD = """# Studies of online training
@@ -298,16 +315,21 @@ choose settings and explain; what was chosen is measured on test in [leaderboard
 
 
 def write_tables() -> str:
-    """Both studies as Markdown, also written to docs/online-studies.md."""
+    """All studies as Markdown, also written to docs/online-studies.md."""
     from diffalign.data.files import write_text
 
-    parts = [HEAD]
+    parts, drawn = [HEAD], {}
     if found := results("grpo"):
         parts += [f"## {GRPO.what}", grpo_table(found, base_values(GRPO.prompts)), GRPO_SAYS]
-    if found := results("hacking"):
-        parts += [f"## {HACKING.what}", "![Gold against proxy](online-studies.svg)"]
-        parts += [safeguards_table(found, base_values(HACKING.prompts)), LOOKED, hacking_table(found), HACKING_SAYS]
-        write_text(ROOT / "docs" / "online-studies.svg", figure(found))
+    parts += [HACKING_HEAD]
+    for name, says in HACKING_SAYS.items():
+        study = ALL[name]
+        if found := results(name):
+            drawn[name] = found
+            what = [f"- `{variant}`: {study.variants[variant][0]}" for variant in found]
+            tables = [safeguards_table(found, base_values(study.prompts)), LOOKED, hacking_table(found)]
+            parts += [f"### {study.what}", "\n".join(what), *tables, says]
+    write_text(ROOT / "docs" / "online-studies.svg", figure(drawn))
     text = "\n\n".join(parts)
     write_text(ROOT / "docs" / "online-studies.md", text + "\n")
     return text

@@ -184,6 +184,9 @@ class Advantages(Spec):
             raise ValueError("shaping: hinge and target belong together: set both or none")
         if self.aggregate == "gdpo" and self.baseline == "running":
             raise ValueError("aggregate: gdpo normalises in groups, baseline: running over time: choose one")
+        for key in ("buffer_size", "min_count"):  # by value: a resolved configuration names every key
+            if self.baseline != "running" and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is read with baseline: running alone: set that, or drop {key}")
         if self.min_count > self.buffer_size:
             raise ValueError(f"min_count ({self.min_count}) is above buffer_size ({self.buffer_size}): it is never reached")
         return self
@@ -225,7 +228,7 @@ class Advantages(Spec):
             each = {n: self._over(self._centred(r), deviation(r), flat(r)[..., None]) for n, r in shaped.items()}
             summed = weighted(each, weights)
             still = torch.stack([flat(r) for r in shaped.values()]).all(0)
-            values = self._over(summed - summed.nanmean(), deviation(summed, (-2, -1)), still.all())
+            values = self._over(summed - summed.nanmean(), deviation(summed, (-2, -1)), still[..., None])
         elif self.baseline == "running":
             if len(prompts) != len(total):
                 raise ConfigError(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from diffalign.data.prompts import Prompt
 from diffalign.evaluation import prompts_of
 from diffalign.models import Model
 from diffalign.objectives import metrics_of
@@ -38,6 +39,14 @@ def final_weights(model: Model, name: str | None) -> Any:
     return nullcontext() if name is None else model.weights(name)
 
 
+def select_prompts(c: TrainConfig) -> list[Prompt]:
+    """Those that the best weights go by, where they go by them."""
+    e = c.evaluate
+    if c.train.metric_for_best != "select/score":
+        return []
+    return prompts_of("shapes:select", e.select_prompts, 0, e.split_salt, e.negative_prompt)
+
+
 @dataclass
 class Between:
     """Measures of a run, by the weights that would be exported now."""
@@ -61,11 +70,10 @@ class Between:
         with self._exported() as model:
             if self.held is not None:
                 values |= heldout_pairs(model, self.held, c.total, self.state.objective)
-            if c.train.metric_for_best == "select/score":
+            if selected := select_prompts(c):
                 e = c.evaluate
-                some = prompts_of("shapes:select", e.select_prompts, 0, e.split_salt, e.negative_prompt)
                 model.stage("sample")
-                result = evaluate(model, some, self.scorers, e.sampling, per_prompt=e.images_per_prompt, seed=e.seed)
+                result = evaluate(model, selected, self.scorers, e.sampling, per_prompt=e.images_per_prompt, seed=e.seed)
                 model.stage(self.config.trains_at)
                 values["select/score"] = result.score.mean().item()
         return values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from diffalign.errors import ConfigError
 from diffalign.hub import resolve
 from diffalign.models import Model, ModelSpec, load_model
 from diffalign.scoring import device, quiet
+
+PATIENCE_HOURS = 12
+"""How long a process waits for another before it gives up; the backends' own limit of minutes is short of an evaluation."""
 
 
 def build_model(spec: ModelSpec) -> Model:
@@ -59,7 +63,7 @@ def make_accelerator(precision: str = "no", report_to: Sequence[str] = (), proje
     import torch
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     for name in report_to:
         if find_spec(name) is None:
@@ -69,6 +73,8 @@ def make_accelerator(precision: str = "no", report_to: Sequence[str] = (), proje
     AcceleratorState._reset_state()  # a second run in one process may have another precision
     # buffers are constants, and sending them at each pass would tie processes to the same number of passes
     alike = DistributedDataParallelKwargs(broadcast_buffers=False)
+    # one process evaluates, looks and exports while the others wait
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=PATIENCE_HOURS))
     return Accelerator(
-        mixed_precision=precision, log_with=list(report_to) or None, project_dir=project, kwargs_handlers=[alike]
+        mixed_precision=precision, log_with=list(report_to) or None, project_dir=project, kwargs_handlers=[alike, patient]
     )

@@ -109,6 +109,8 @@ def consistent(c: TrainConfig) -> None:
         raise ValueError(f"{names} needs {', '.join(more)}, which online samples do not have: use another objective")
     if "residual" in total.needs and c.coupling.draws > 1:
         raise ValueError(f"{names} compares predictions at one time: drop coupling.draws; online.repeats has several")
+    if "residual" in total.needs and c.timesteps.weighting != "none":
+        raise ValueError(f"{names} has a weight of its own and does not read timesteps.weighting: drop it")
     pairing(online, total.data, names)
     if total.data == "pairs" and "scores" not in total.needs and online.advantages != Advantages():
         raise ValueError(f"{names} learns from pairs by online.rule and reads no advantages: drop online.advantages")
@@ -214,7 +216,9 @@ def own_prompts(
     """
     said = {normalised(p.text) for p in asked}
     limit = spec.num_prompts or (POOL if SHAPES_PROMPTS.fullmatch(spec.prompts) else None)
-    found = given or prompts_of(spec.prompts, limit, config.train.seed, config.evaluate.split_salt)
+    found = (
+        given[: spec.num_prompts] if given else prompts_of(spec.prompts, limit, config.train.seed, config.evaluate.split_salt)
+    )
     prompts = [p for p in found if normalised(p.text) not in said]
     if not prompts:
         raise ConfigError(f"{section}.prompts: all of them are evaluated on", hint="use other prompts")

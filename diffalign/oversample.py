@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffalign.data.images import to_uint8
 from diffalign.data.prompts import Prompt
-from diffalign.errors import ConfigError, DataError
+from diffalign.errors import ConfigError
 from diffalign.models import Model
 from diffalign.rollout import RolloutSettings, rollout
 from diffalign.rules import ODE
@@ -52,11 +52,11 @@ def preselect(
 
     A preview starts from the noise that :func:`diffalign.rollout.rollout` starts item (prompt, k) of this epoch from.
     ``extremes`` keeps as many of the best as of the worst, and one more of the best if ``keep`` is odd; of equals the lower k
-    counts as better. Candidates are counted from ``begin``, one number for each prompt, or from 0.
+    counts as better, and those without a finite reward are kept where there are no others. Candidates are counted from
+    ``begin``, one number for each prompt, or from 0.
 
     Raises:
         ConfigError: more to keep than there are candidates, or all of them start from the same noise.
-        DataError: too few previews of a prompt have a finite reward.
     """
     if not 0 < keep <= candidates:
         raise ConfigError(f"cannot keep {keep} of {candidates} candidates", hint="keep at least 1 and at most all")
@@ -72,17 +72,15 @@ def preselect(
         x0 = rollout(model, block, preview, seed, epoch).x0
         rewards.append(reward(to_uint8(model.decode(x0)).cpu(), block).double().cpu())
     table = torch.cat(rewards).view(len(prompts), candidates)
-    kept = [_kept(row, keep, by, prompt) for row, prompt in zip(table, prompts, strict=True)]
+    kept = [_kept(row, keep, by) for row in table]
     return [tuple(k + n for n in row) for row, k in zip(kept, begin, strict=True)]
 
 
-def _kept(rewards: Tensor, keep: int, by: By, prompt: Prompt) -> tuple[int, ...]:
+def _kept(rewards: Tensor, keep: int, by: By) -> tuple[int, ...]:
     finite = [k for k in range(len(rewards)) if rewards[k].isfinite()]
     if len(finite) < keep:
-        raise DataError(
-            f"only {len(finite)} of {len(rewards)} previews of {prompt.text[:60]!r} have a finite reward, {keep} are kept",
-            hint="see the scorer's errors",
-        )
+        others = [k for k in range(len(rewards)) if k not in finite]
+        return tuple(sorted(finite + others[: keep - len(finite)]))
     best = sorted(finite, key=lambda k: (-rewards[k].item(), k))
     top = {"best": keep, "worst": 0, "extremes": keep - keep // 2}[by]
     return tuple(sorted(best[:top] + best[len(best) - (keep - top) :]))

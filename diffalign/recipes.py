@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from diffalign.between import Between, final_weights, unwrapped
+from diffalign.between import Between, final_weights, select_prompts, unwrapped
 from diffalign.building import build_model, environment, make_accelerator, ready_model
 from diffalign.data.files import atomic_folder, write_json, write_text
 from diffalign.direct import consistent as direct_consistent
@@ -246,7 +246,7 @@ def train_once(config: TrainConfig, pairs: Rows | None = None, given: InMemory |
     def tell(step: int, values: dict[str, float]) -> None:
         tracker.write(step, values)
 
-    state, feed, held, read = feeds(config, model, accelerator, asked + watched, pairs, given, tell)
+    state, feed, held, read = feeds(config, model, accelerator, asked + watched + select_prompts(config), pairs, given, tell)
     cut = model.truncated(read)
     if cut and main:
         log.warning("%d prompts are longer than the text encoder reads, and are cut", cut)

@@ -20,7 +20,7 @@ from diffalign.data.prompts import Prompt
 from diffalign.errors import ConfigError
 from diffalign.models import Cond, Model
 from diffalign.path import Coeffs, split, step_mean
-from diffalign.rules import CPS, ODE, RULES, Rule, trainable
+from diffalign.rules import CPS, ODE, RULES, Rule, noisy, trainable
 from diffalign.sampling import Item, Sampler, encode_once, generators
 from diffalign.seeds import seed_of
 from diffalign.solvers import dpm_2m
@@ -34,6 +34,8 @@ class RolloutSettings(Sampler):
     """How trajectories are made."""
 
     num_inference_steps: int = Field(default=10, ge=1, le=1000)
+    guidance_scale: float = Field(default=1.0, ge=1.0)
+    """1 samples and trains the conditional model itself; above 1, classifier-free guidance in both."""
     rule: Annotated[Rule, RULES] = CPS(noise_level=0.8)
     """Of the steps in the window: ddim for noise prediction, flow_sde and dance_sde for flows, cps and ode for both."""
     window: Annotated[Window, WINDOWS] = All()
@@ -48,6 +50,11 @@ class RolloutSettings(Sampler):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         self.window.check(self.num_inference_steps)
+        if self.same_noise and not noisy(self.rule):
+            raise ValueError(
+                f"same_noise starts all images of a prompt alike, and rule {self.rule.model_dump(mode='json')} adds no noise: "
+                "they would be one image; drop same_noise"
+            )
         if self.compress < 1 and self.solver == "euler":
             raise ValueError(
                 "compress below 1 needs solver dpm++: a first-order solver is too coarse for the steps that are left"

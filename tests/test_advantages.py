@@ -170,6 +170,16 @@ def test_a_reward_that_says_nothing_in_a_group_leaves_the_others_word() -> None:
     assert (out.values[0].argsort() == a[0].argsort()).all()
 
 
+def test_gdpo_learns_nothing_from_a_group_that_all_rewards_find_flat() -> None:
+    """Not even the rounding of the batch's mean."""
+    a, b = rewards(1), rewards(2)
+    a[1], b[1] = 0.9, 0.25
+    out = Advantages(aggregate="gdpo")({"a": a, "b": b})
+    assert out.flat.tolist() == [n == 1 for n in range(len(a))]
+    assert (out.values[1] == 0).all()
+    assert out.metrics["advantage/samples_trained"] == pytest.approx(1 - 1 / len(a))
+
+
 def test_weights_pick_and_a_wrong_name_is_said() -> None:
     a, b = rewards(1), rewards(2)
     torch.testing.assert_close(
@@ -324,7 +334,9 @@ def test_running_with_failures_and_flat_groups() -> None:
         ({"shaping": "hinge"}, "target"),
         ({"target": 2.0}, "target"),
         ({"aggregate": "gdpo", "baseline": "running"}, "choose one"),
-        ({"min_count": 64}, "never reached"),
+        ({"min_count": 64, "baseline": "running"}, "never reached"),
+        ({"min_count": 8}, "baseline: running alone"),
+        ({"buffer_size": 64}, "baseline: running alone"),
         ({"keep": {"best": 0, "worst": 0}}, "nothing"),
         ({"floor": 0}, "greater than 0"),
         ({"std": "batch"}, "global"),

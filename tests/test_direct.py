@@ -211,6 +211,17 @@ def test_without_trained_steps_there_is_no_gradient(model: Any) -> None:
     assert chain.step(before, 2, trained=True).requires_grad
 
 
+def test_prompts_are_encoded_in_full_precision_as_they_are_sampled(model: Any) -> None:
+    settings = ChainSettings(num_inference_steps=2, guidance_scale=2.0)
+    plain = Chain.begin(model, ITEMS, settings, 0, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = Chain.begin(model, ITEMS, settings, 0, 0)
+    assert plain.negative is not None
+    assert mixed.negative is not None
+    for a, b in ((plain.cond, mixed.cond), (plain.negative, mixed.negative)):
+        assert torch.equal(a.embeds, b.embeds)
+
+
 def test_a_preview_is_the_prediction_at_its_step(model: Any) -> None:
     precise(model)
     xs, cond = by_hand(model, 3)

@@ -76,7 +76,7 @@ def test_variants_of_the_studies_are_configurations(monkeypatch: pytest.MonkeyPa
 
 def test_looks_of_a_study_tell_where_gold_was_best_and_what_spoke(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    from studies import alarms, figure, hacking_table, safeguards_table
+    from studies import STOP, alarms, figure, hacking_table, safeguards_table
 
     gold, second = [0.3, 0.5, 0.4, 0.2], [0.8, 0.85, 0.9, 0.7]
     looks = [
@@ -87,11 +87,14 @@ def test_looks_of_a_study_tell_where_gold_was_best_and_what_spoke(monkeypatch: p
         for i in range(4)
     ]  # fmt: skip
     assert alarms(looks) == {"diversity": 20, "second_score": 20}  # 0.178 of 0.2; 0.9 of 0.8
-    runs = {"clip": [{"seed": 1, "looks": looks}]}
+    found = {"seed": 1, "looks": looks, "overrides": ["train.seed=1"]}
+    kept = {**found, "overrides": [*found["overrides"], *STOP]}  # the same training, of which other weights were kept
+    runs = {"clip": [found], "clip-early-stop": [kept]}
     cells = [c.strip() for c in hacking_table(runs).splitlines()[2].strip("|").split("|")]
-    assert cells[2:9] == ["1", "20.000 to 23.000", "0.300", "0.500 (10)", "0.400 (20)", "0.200", "0.800 to 0.800"]
-    assert cells[10] == "diversity (20), second_score (20)"
-    assert figure(runs).startswith("<?xml")
+    assert len(hacking_table(runs).splitlines()) == 3
+    assert cells[1:8] == ["1", "20.000 to 23.000", "0.300", "0.500 (10)", "0.400 (20)", "0.200", "0.800 to 0.800"]
+    assert cells[9] == "diversity (20), second_score (20)"
+    assert figure({"hacking": runs}).startswith("<?xml")
     low, values = [0.0, 0.5, 0.5, 1.0], {"cleanliness": [0.8] * 4, "second_score": [0.9] * 4}
 
     def run(seed: int, by: float) -> dict[str, Any]:

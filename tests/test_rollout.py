@@ -20,7 +20,7 @@ from diffalign import path, rules
 from diffalign.branching import branch
 from diffalign.data.images import to_uint8
 from diffalign.data.prompts import Prompt
-from diffalign.errors import ConfigError, DataError
+from diffalign.errors import ConfigError
 from diffalign.oversample import preselect
 from diffalign.path import Coeffs
 from diffalign.preflight import leverage, preflight
@@ -768,14 +768,13 @@ def test_preselected_seeds_are_those_of_the_previews(load: Any, by: Any) -> None
     assert kept == preselect(model, [B, A], brightness, settings, 0, 2, candidates=8, keep=3, steps=5, by=by)[::-1]
 
 
-def test_preselection_never_keeps_what_has_no_reward(load: Any) -> None:
+def test_preselection_keeps_what_has_no_reward_last(load: Any) -> None:
     def broken(images: torch.Tensor, items: Any) -> torch.Tensor:
         return torch.tensor([torch.nan if item.k % 2 else float(item.k) for item in items])
 
     model, settings = load("sd"), RolloutSettings()
     assert preselect(model, [A], broken, settings, 0, 0, candidates=6, keep=2, steps=1) == [(0, 4)]
-    with pytest.raises(DataError, match="only 3 of 6"):
-        preselect(model, [A], broken, settings, 0, 0, candidates=6, keep=4, steps=1)
+    assert preselect(model, [A], broken, settings, 0, 0, candidates=6, keep=4, steps=1) == [(0, 1, 2, 4)]
     with pytest.raises(ConfigError, match="cannot keep 7 of 6"):
         preselect(model, [A], broken, settings, 0, 0, candidates=6, keep=7)
     with pytest.raises(ConfigError, match="same_noise"):

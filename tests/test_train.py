@@ -310,6 +310,48 @@ def test_a_learning_rate_that_explodes_stops_with_the_weights_untouched(override
         train(config.model_copy(update={"objective": (Exploding(),)}))
 
 
+def test_a_scaled_step_without_examples_is_none(tiny: Path) -> None:
+    """fp16's scaler refuses to step where nothing was scaled: online training has such steps when all rewards tie."""
+    state = scaled(tiny)
+    before = {n: p.detach().clone() for n, p in state.parameters.items()}
+    assert state.update()["grad_norm"] == 0
+    assert state.step == 1
+    assert all(torch.equal(p, before[n]) for n, p in state.parameters.items())
+
+
+def test_scaled_steps_that_are_all_skipped_end_the_run(tiny: Path) -> None:
+    """The scale is halved while there is hope; one good step and the count begins anew."""
+    state = scaled(tiny)
+
+    def step(gradient: float) -> None:
+        for p in state.parameters.values():
+            p.grad = torch.full_like(p, gradient)
+        state.update()
+
+    for _ in range(2):
+        for _ in range(24):
+            step(math.inf)
+        step(1.0)
+    for _ in range(24):
+        step(math.nan)
+    with pytest.raises(DiffalignError, match="as in the 24 steps before; the weights were not touched"):
+        step(math.nan)
+
+
+def scaled(tiny: Path) -> TrainState:
+    """As with fp16 on a GPU, with the scaler that there is for the CPU."""
+    acc = make_accelerator()
+    acc.scaler = torch.amp.GradScaler("cpu")
+    acc.scaler.scale(torch.ones(()))
+    acc.state._mixed_precision, acc.native_amp = "fp16", True  # what makes it scale gradients back
+    return TrainState(build_model(ModelSpec(path=str(tiny), lora=LoRA(rank=4))), acc, TrainSettings(max_steps=100))
+
+
+def test_processes_wait_for_an_evaluation(tiny: Path) -> None:
+    """Of hours, on one process alone; the backends give up after 10 and 30 minutes."""
+    assert make_accelerator().init_handler.timeout.total_seconds() >= 6 * 3600
+
+
 @pytest.mark.parametrize("tracker", ["tensorboard"])
 def test_trackers_get_the_numbers(overrides: list[str], tracker: str) -> None:
     result = run(overrides, f"train.report_to=[{tracker}]", "evaluate.enabled=false", "train.logging_steps=1")

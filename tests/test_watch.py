@@ -252,6 +252,13 @@ def test_a_limit_speaks_once_at_the_step_that_crosses_it(limit: dict[str, Any], 
     assert follow(limit, values) == steps
 
 
+def test_a_value_that_comes_later_has_limits_too() -> None:
+    limits = Limits({"x": Limit(above=0.5), "y": Limit(drop=0.5)})
+    assert limits.check(0, {"watch/z": 1.0}) == []
+    assert [e["limit"] for e in limits.check(1, {"watch/x": 0.6, "watch/y": 2.0})] == ["x"]
+    assert [e["limit"] for e in limits.check(2, {"watch/x": 0.6, "watch/y": 0.9})] == ["y"]  # of what it was first
+
+
 def test_limits_come_back_and_changed_ones_start_anew() -> None:
     rules = {"x": Limit(below=0.5, action="stop"), "y": Limit(drop=0.1)}
     limits = Limits(rules)

@@ -263,6 +263,7 @@ class Weights:
         snapshot = self.snapshots[name]
         for n, p in self.trainable().items():
             p.data, snapshot[n] = snapshot[n].to(p.device), p.data
+        torch.clear_autocast_cache()  # it knows casts by their parameter, whose values have just changed
 
 
 def _adapted(net: nn.Module) -> list[Any]:

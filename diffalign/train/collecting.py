@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from hashlib import sha256
 from typing import Any, ClassVar
 
 import torch
@@ -56,6 +57,8 @@ class Collector:
         """Past rewards of each prompt."""
         self.standards: dict[str, list[list[float]]] = {}
         """Rewards of the reference's own samples of each prompt: name by name."""
+        self.before: str | None = None
+        """What the images that a checkpoint brought were made from."""
         self.unpaid = 0
         """Denoiser passes of the last rollout that no terms have been charged with yet."""
 
@@ -78,17 +81,35 @@ class Collector:
     def state(self) -> dict[str, Any]:
         """All that the next epoch needs beside the policy."""
         names = ("epoch", "picked", "history", "standards", "unpaid")
-        return {name: getattr(self, name) for name in names} | {"calls": self.rewards.calls}
+        kept = {name: getattr(self, name) for name in names} | {"calls": self.rewards.calls}
+        return kept | ({} if self.epoch < 0 else {"made_from": self._made_from()})
 
     def restore(self, state: dict[str, Any]) -> None:
         """Back to what :meth:`state` gave."""
         self.epoch, self.picked, self.rewards.calls = state["epoch"], state["picked"], state["calls"]
         self.history, self.standards, self.unpaid = state["history"], state["standards"], state.get("unpaid", 0)
+        self.before = state.get("made_from")
 
     def blocks(self, saved: Sequence[dict[str, Any]]) -> list[Block]:
-        """Blocks of the last epoch that was begun, from their states."""
+        """Blocks of the last epoch that was begun, from their states.
+
+        Raises:
+            ValueError: they were made for other prompts, or by other settings.
+        """
+        if saved and self.before not in (None, self._made_from()):
+            raise ValueError(
+                "images of a rollout are left that were made for other prompts, or with another online.rollout or number of "
+                "updates"
+            )
         plan = self._chosen(self.epoch) if saved else []
         return [self.made_of.of(items, state) for items, state in zip(plan, saved, strict=True)]
+
+    def _made_from(self) -> str:
+        """A digest of the items of the last epoch that was begun, and of what makes and divides them."""
+        items = [(item.prompt.id, item.prompt.text, item.k) for block in self._chosen(self.epoch) for item in block]
+        spec = self.spec
+        said = (items, spec.rollout.model_dump_json(), spec.updates, spec.inner_epochs)
+        return sha256(repr(said).encode()).hexdigest()[:16]
 
     def charge(self) -> int:
         """The passes that are not paid yet, once."""
@@ -209,6 +230,8 @@ class Collector:
             return of.reshape(-1, size)[self.rank :: self.world]
 
         grouped = groups(values).double()
+        if self.rewards.spec.confidence is not None:  # without one a sample counts as one without a reward
+            grouped = grouped.where(grouped[-1].isfinite(), torch.nan)
         rewards = {name: grouped[i] for i, name in enumerate(names)}
         standard = None
         if spec.advantages.shaping == "par":

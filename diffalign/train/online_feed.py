@@ -61,7 +61,8 @@ class OnlineFeed:
         else:
             if not model.trains_texts:
                 batch = replace(batch, conds=tuple(self._conds(x, batch) if isinstance(x, tuple) else x for x in batch.conds))
-            found = terms_of(model, batch, self.timesteps, needs, self.coupling, reference, OLD, AVERAGE)
+            told = 1.0 if model.takes_negative else self.spec.rollout.guidance_scale  # a number it is conditioned on
+            found = terms_of(model, batch, self.timesteps, needs, self.coupling, reference, OLD, AVERAGE, told)
         return replace(found, cost=found.cost + self.collector.charge())
 
     def state(self) -> dict[str, Any]:
@@ -77,7 +78,7 @@ class OnlineFeed:
 
     def totals(self) -> dict[str, Any]:
         """What was spent beside denoiser passes."""
-        return {"reward_calls": self.rewards.calls * self.collector.world}
+        return {"reward_calls": int(self.collector.gather(torch.tensor([self.rewards.calls])).sum().item())}
 
     # --- micro-batches ------------------------------------------------------------------------------------------------
 

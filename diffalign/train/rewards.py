@@ -44,6 +44,9 @@ class RewardSpec(Spec):
     def _apart(self) -> Self:
         if self.confidence in self.weights:
             raise ValueError(f"confidence: {self.confidence} is among the weights: a value is a reward or a confidence")
+        for key in ("retries", "wait_seconds"):  # by value: a resolved configuration names every key
+            if self.on_error != "retry" and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is read with on_error: retry alone: set that, or drop {key}")
         return self
 
 
@@ -132,13 +135,23 @@ class Rewards:
         values: dict[str, Tensor] = {}
         errors: dict[int, str] = {}
         for scorer in self.scorers:
-            found = isolated(scorer, batch)
-            values |= found.values
-            errors |= {i: f"{scorer.name}: {e}" for i, e in enumerate(found.errors) if e}
+            given = isolated(scorer, batch)
+            if not given.values.keys() & set(self.names) and not any(given.errors):
+                raise ConfigError(
+                    f"online.reward.scorers: nothing that {scorer.name} gives has a weight",
+                    hint=f"drop it, or weigh one of {', '.join(given.values)}",
+                )
+            values |= given.values
+            errors |= {i: f"{scorer.name}: {e}" for i, e in enumerate(given.errors) if e}
         if not errors:
             self._check_names(list(values))
         missing = torch.full((len(batch),), torch.nan)
-        return torch.stack([values.get(name, missing) for name in self.names]), errors
+        found = torch.stack([values.get(name, missing) for name in self.names])
+        if self.spec.confidence is not None:
+            for i in (found[-1] <= 0).nonzero().flatten().tolist():
+                errors[i] = f"{self.spec.confidence} is {found[-1, i]:g}, and a confidence is above 0"
+                found[-1, i] = torch.nan
+        return found, errors
 
 
 class Contrast(Spec):

@@ -26,6 +26,8 @@ from diffalign.train.watch import PREFIX, Limits
 
 BEST = ("heldout/loss", "heldout/accuracy", "heldout/worst_group/loss", "heldout/worst_group/accuracy", "select/score")
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+HALVINGS = 24
+"""Of fp16's scale, from 2^16 down to where gradients vanish."""
 
 
 class TrainSettings(Spec):
@@ -141,6 +143,8 @@ class TrainState:
         self.since_best = 0
         self.drifting = 0
         """Evaluations in a row in which held-out winners were worse than at the start."""
+        self.skipped = 0
+        """Steps in a row whose gradient was not finite, with fp16."""
         self.limits = Limits()
         self.spent, self.began = 0.0, time.monotonic()
         if settings.ema_decay:
@@ -163,18 +167,24 @@ class TrainState:
         """Clip, check, step the optimizer and the average; returns what was measured.
 
         Raises:
-            DiffalignError: the gradient is not finite (with fp16 the step is skipped and the scale lowered instead).
+            DiffalignError: the gradient is not finite. With fp16 such a step is skipped and the scale halved, until there are
+                too many in a row for any scale to help.
         """
         s = self.settings
         for group in self.optimizer.param_groups:
             group["lr"] = s.learning_rate * learning_rate_factor(s, self.step)
-        norm = float(self.accelerator.clip_grad_norm_(self.parameters.values(), s.max_grad_norm))
-        if not math.isfinite(norm) and self.accelerator.scaler is None:
-            raise DiffalignError(
-                f"step {self.step}: the gradient is {norm}; the weights were not touched",
-                hint="lower train.learning_rate or objective.beta, or resume from the last checkpoint",
-            )
-        self.optimizer.step()
+        norm, scaler = 0.0, self.accelerator.scaler
+        if any(p.grad is not None for p in self.parameters.values()):  # a step without examples has none to scale back
+            norm = float(self.accelerator.clip_grad_norm_(self.parameters.values(), s.max_grad_norm))
+            self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+            if self.skipped > (0 if scaler is None else HALVINGS):
+                raise DiffalignError(
+                    f"step {self.step}: the gradient is {norm}"
+                    + (f", as in the {HALVINGS} steps before" if scaler else "")
+                    + "; the weights were not touched",
+                    hint="lower train.learning_rate or objective.beta, or resume from the last checkpoint",
+                )
+            self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
         if s.ema_decay:

@@ -116,9 +116,10 @@ def terms_of(
     reference: str = "reference",
     old: str = "old",
     average: str = "average",
+    guidance: float = 1.0,
 ) -> Terms:
     """Errors of all pictures in one forward pass per set of weights; ``reference`` names the weights to compare with, ``old``
-    those that sampled, and ``average`` those to stay near.
+    those that sampled, and ``average`` those to stay near; ``guidance`` is what a model that was distilled on it is told.
     """
     v = view(model, batch, coupling or Coupling(), needs)
     scale, k, b, draws = weigh(model, timesteps, v.c), v.pictures, len(batch), batch.u.shape[2]
@@ -134,7 +135,7 @@ def terms_of(
 
     def under(name: str) -> Tensor:
         with torch.no_grad(), model.weights(name):
-            return model.predict(v.x, v.t, v.cond())
+            return model.predict(v.x, v.t, v.cond(), guidance)
 
     def residual(prediction: Tensor) -> Tensor:
         return (split(model.kind, prediction, v.x, v.c)[0] - v.x0).flatten(1)
@@ -142,7 +143,7 @@ def terms_of(
     there = under(reference) if "reference" in needs else None
     before = under(old) if "old" in needs else None
     amid = under(average) if "average" in needs else None
-    here = model.predict(v.x, v.t, v.cond())
+    here = model.predict(v.x, v.t, v.cond(), guidance)
     facts = {name: value.to(v.x.device) for name, value in batch.facts.items()}
     found: dict[str, Any] = {
         "t": batch.u[:, 0].mean(-1).to(v.x.device),

@@ -77,18 +77,18 @@ class Limits:
     def __init__(self, limits: Mapping[str, Limit] | None = None) -> None:
         self.limits = dict(limits or {})
         self.start: dict[str, float] = {}
-        """What the first look saw."""
+        """What the first look saw, of each value the first that had it."""
         self.events: list[dict[str, Any]] = []
 
     def check(self, step: int, values: Mapping[str, float]) -> list[dict[str, Any]]:
         """New events of a look at ``values``, by their full names; the first look is the start."""
         already = "" if self.start else ", before the first step"
-        self.start = self.start or dict(values)
+        self.start = {**values, **self.start}
         fired = {e["limit"] for e in self.events}
         new = []
         for name, limit in self.limits.items():
             full = PREFIX + name
-            if name in fired or full not in values or full not in self.start:
+            if name in fired or full not in values:
                 continue
             if why := limit.crossed(values[full], self.start[full]):
                 bounds = limit.bound()
