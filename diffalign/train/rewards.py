@@ -134,17 +134,17 @@ class Rewards:
         self.calls += len(batch)
         values: dict[str, Tensor] = {}
         errors: dict[int, str] = {}
+        idle = ""
         for scorer in self.scorers:
             given = isolated(scorer, batch)
-            if not given.values.keys() & set(self.names) and not any(given.errors):
-                raise ConfigError(
-                    f"online.reward.scorers: nothing that {scorer.name} gives has a weight",
-                    hint=f"drop it, or weigh one of {', '.join(given.values)}",
-                )
             values |= given.values
             errors |= {i: f"{scorer.name}: {e}" for i, e in enumerate(given.errors) if e}
+            if not given.values.keys() & set(self.names):
+                idle = ", ".join(given.values)
         if not errors:
             self._check_names(list(values))
+            if idle:
+                raise ConfigError(f"online.reward.weights: all that one scorer gives has none: {idle}", hint="drop the scorer")
         missing = torch.full((len(batch),), torch.nan)
         found = torch.stack([values.get(name, missing) for name in self.names])
         if self.spec.confidence is not None:
