@@ -108,8 +108,8 @@ DIRECT = Study(
     "shapes-draft.yaml",
     ("train.max_steps=400", "train.eval_steps=40", WATCH),
     {
-        "clip": ("the worked example, four times as long", ()),
-        "clip-fast": ("rate 1e-3, five times the example's", FAST),
+        "clip": ("rate 2e-4", ("train.learning_rate=2e-4",)),
+        "clip-fast": ("rate 1e-3, the worked example four times as long", FAST),
         "clip-fast-early-stop": (f"rate 1e-3, {STOPPED}", (*FAST, *STOP)),
     },
 )
@@ -268,7 +268,7 @@ def figure(studies: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> 
     from matplotlib.figure import Figure
 
     titles = {
-        "watch/reward": "its own reward, over the first look's",
+        "watch/reward": "reward, over its first",
         "watch/exact": "exact, by the judge",
         "watch/second_score": "facts, by the second judge",
     }
@@ -278,15 +278,18 @@ def figure(studies: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> 
         FigureCanvasSVG(drawn)
         panels = drawn.subplots(len(studies), len(titles), squeeze=False)
         shown = dict[str, Any]()
-        for row, (which, runs) in zip(panels, studies.items(), strict=True):
-            row[0].set_ylabel(which)
+        for n, (which, runs) in enumerate(studies.items()):
+            row = panels[n]
+            row[0].set_ylabel(which, fontsize=10, fontweight="bold")
             for axes, (key, title) in zip(row, titles.items(), strict=True):
                 for name, r in trainings(runs):
                     unit = r["looks"][0][key] if key == "watch/reward" else 1.0  # sums of rewards have other scales
                     points = [(x["step"], x[key] / unit) for x in r["looks"] if key in x]
                     shown[name] = axes.plot(*zip(*points, strict=True), color=colours.get(name, "C9"), lw=1.3)[0]
-                axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
-                axes.set_xlabel("step")
+                if n == 0:
+                    axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+                if n == len(studies) - 1:
+                    axes.set_xlabel("step")
                 axes.grid(alpha=0.25)
                 axes.spines[["top", "right"]].set_visible(False)
         drawn.legend(list(shown.values()), list(shown), frameon=False, loc="outside lower center", ncols=len(shown))
@@ -306,6 +309,7 @@ HACKING_HEAD = """## A learned reward, as the exact judge sees it
 
 ![Gold against proxy](online-studies.svg)"""
 HACKING_SAYS = {"hacking": """TODO""", "pushed": """TODO""", "direct": """TODO"""}
+ROWS_OF_FIGURE = {"hacking": "GRPO, rate 1e-3", "pushed": "GRPO, rate 3e-3", "direct": "DRaFT"}
 LOOKED = """Looks every 16 steps, at 256 images of 128 prompts: what was paid for, what the judge saw, and the step at which \
 each monitor had moved by a tenth."""
 HEAD = """# Studies of online training
@@ -325,7 +329,7 @@ def write_tables() -> str:
     for name, says in HACKING_SAYS.items():
         study = ALL[name]
         if found := results(name):
-            drawn[name] = found
+            drawn[ROWS_OF_FIGURE[name]] = found
             what = [f"- `{variant}`: {study.variants[variant][0]}" for variant in found]
             tables = [safeguards_table(found, base_values(study.prompts)), LOOKED, hacking_table(found)]
             parts += [f"### {study.what}", "\n".join(what), *tables, says]
