@@ -86,6 +86,11 @@ def consistent(c: TrainConfig) -> None:
         )
     if online.group_size < 2 and (total.data in ("pairs", "groups") or online.advantages.baseline != "running"):
         raise ValueError("online.group_size 1 leaves nothing to compare: raise it, or set online.advantages.baseline=running")
+    if total.data == "steps" and online.blocks % online.updates:
+        raise ValueError(
+            f"online: {online.blocks} x {online.rollout.batch_size} images of a rollout cannot be shared evenly by "
+            f"{online.updates} updates: change online.prompts_per_rollout, online.rollout.batch_size or online.updates"
+        )
     if total.data in ("pairs", "groups") and online.rollout.batch_size % online.group_size:
         raise ValueError(f"{names} needs whole groups: make online.rollout.batch_size a multiple of online.group_size")
     if total.data in ("pairs", "groups") and online.advantages.keep is not None:

@@ -727,6 +727,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a group of one": ({"online": {"group_size": 1}}, "group_size 1"),
     "blocks that cut groups": ({"online": {"group_size": 3}}, "whole groups of 3"),
     "images that fill no block": ({"online": {"prompts_per_rollout": 3}}, "no multiple of"),
+    "more updates than blocks": ({"online": {"updates": 3}}, "cannot be shared evenly by 3 updates"),
     "parts of blocks": ({"train": {"per_device_train_batch_size": 3}}, "multiple of"),
     "a window beyond the steps": (
         {"online": {"rollout": {"window": {"type": "fixed", "begin": 2, "size": 2}, "num_inference_steps": 3}}},
