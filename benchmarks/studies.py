@@ -317,20 +317,20 @@ it is against the first look, which the second judge never fell below.
 
 ![Gold against proxy](online-studies.svg)"""
 HACKING_SAYS = {
-    "hacking": """At this rate the learned CLIP is a good reward: three seeds end at 0.68 to 0.80, and on the looks' prompts no \
-fall is larger than what two seeds, or two sets of prompts, differ by. The second judge beside it, each normalised in \
-its group, is worth a little more, which two seeds just show; win rates are worth no more than the values. A KL of 0.1 \
-holds the model back, and stopping early gains nothing where nothing is lost (one seed each).""",
-    "pushed": """CLIP is paid as much, 0.91, and exact goes from 0.31 to 0.54 and down to 0.22, below the base. Stopping where \
-the second judge was happiest, the KL and win rates each keep about 0.5 on prompts that were not looked at; the second \
-judge in the reward keeps 0.74, and still less than at a third of the rate.""",
+    "hacking": """At this rate the learned CLIP is a good reward: three seeds end at 0.68 to 0.80, and on the prompts of the \
+looks no fall is larger than what two seeds, or two sets of prompts, differ by. The second judge beside it, each \
+normalised in its group, is worth a little more, which two seeds just show; win rates are worth no more than the values. \
+A KL of 0.1 holds the model back, and stopping early gains nothing where nothing is lost (one seed each).""",
+    "pushed": """CLIP is paid as much, 0.91, and exact goes from 0.31 to 0.54 and down to 0.22, below the base. Stopping \
+where the second judge was happiest, the KL and win rates each keep about 0.5 on prompts that were not looked at; the \
+second judge in the reward keeps 0.74, and still less than at a third of the rate.""",
     "direct": """Differentiated through the last two steps it goes faster and costs hardly any variety. At five times the \
 rate it is at its best after 160 steps and then loses a seventh of that while its reward stays where it is; stopped \
 there it is the best of all runs with this reward but those with the second judge. One seed each.""",
 }
 ROWS_OF_FIGURE = {"hacking": "GRPO, rate 1e-3", "pushed": "GRPO, rate 3e-3", "direct": "DRaFT"}
-LOOKED = """Looks every 16 steps, at 256 images of 128 prompts: what was paid for, what the judge saw, and the step at which \
-each monitor had moved by a tenth."""
+LOOKED = """Looks while training, at 256 images of 128 prompts: what was paid for, what the judge saw, and the step at \
+which each monitor had moved by a tenth."""
 HEAD = """# Studies of online training
 
 On the UNet of the built-in world, on prompts of the select split, printed by `python benchmarks/studies.py table`. They \
