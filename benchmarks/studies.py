@@ -300,12 +300,13 @@ def figure(studies: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> 
 
 
 GRPO_SAYS = """One seed each, so differences of less than about 0.1 may be the seed's. Which steps are trained decides: \
-with the last of ten among them the gain is less than a third, without it nine are worth as much as the \
-first four and cost more, and late ones alone (steps-5-to-8) are worth less. One noise a prompt does better \
-than a noise of each image's own, by no more than a seed may. Guidance in rollouts and training costs twice \
-the passes and is worth no more than training without it and sampling with it. Half the noise does as well, \
-and three times the rate; a quarter of the rate, or of the updates of each rollout, gains less than half. A \
-KL of 0.1 costs four tenths of it."""
+with the last of ten among them the gain is less than a third; without it nine are worth as much as the first four, with \
+GRPO-Guard's weights a little more, and cost more; late ones alone (steps-5-to-8) are worth less. How far a rollout is \
+followed comes next: a quarter of the rate, one update in place of four or a clip range of 1e-4 gain less than half, \
+three times the rate gains as much, and a second use of each rollout nothing more. As many images in four times as many \
+rollouts do as well. Half the noise does too; a noise of each image's own in place of one a prompt does worse, by no more \
+than a seed may. Guidance in rollouts and training costs twice the passes and is worth no more than training without it \
+and sampling with it. A KL of 0.1 costs four tenths of the gain."""
 HACKING_HEAD = """## A learned reward, as the exact judge sees it
 
 How hard it is pushed decides, not how long. The second judge, who is not paid, was happiest at the very look at which the \
@@ -313,7 +314,7 @@ exact judge was in every run below that fell apart, so that keeping those weight
 watch/second_score`, `train.load_best`) is the safeguard that needs no tuning; having it in the reward helps more, and \
 then it is no monitor any more. Diversity, saturation, colours, edges and the norm of the prediction move by a tenth \
 within a few looks where all is well too: they tell a price and not the turn. A limit on `drop` does not speak either, for \
-it is against the first look, which the second judge never fell below.
+it is against the first look, which the second judge fell below in none but the worst, and there at the last.
 
 ![Gold against proxy](online-studies.svg)"""
 HACKING_SAYS = {
@@ -321,9 +322,9 @@ HACKING_SAYS = {
 looks no fall is larger than what two seeds, or two sets of prompts, differ by. The second judge beside it, each \
 normalised in its group, is worth a little more, which two seeds just show; win rates are worth no more than the values. \
 A KL of 0.1 holds the model back, and stopping early gains nothing where nothing is lost (one seed each).""",
-    "pushed": """CLIP is paid as much, 0.91, and exact goes from 0.31 to 0.54 and down to 0.22, below the base. Stopping \
-where the second judge was happiest, the KL and win rates each keep about 0.5 on prompts that were not looked at; the \
-second judge in the reward keeps 0.74, and still less than at a third of the rate.""",
+    "pushed": """CLIP is paid nearly as much, 0.88 to 0.91, and exact goes from 0.31 to 0.54 and down to 0.22 and 0.16, below \
+the base, with both seeds. Stopping where the second judge was happiest, the KL and win rates each keep about 0.5 on \
+prompts that were not looked at; the second judge in the reward keeps 0.74, and still less than at a third of the rate.""",
     "direct": """Differentiated through the last two steps it goes faster and costs hardly any variety. At five times the \
 rate it is at its best after 160 steps and then loses a seventh of that while its reward stays where it is; stopped \
 there it is the best of all runs with this reward but those with the second judge. One seed each.""",
