@@ -68,7 +68,7 @@ GRPO = Study(
         "less-noise": ("eta 0.5", (rollout(rule="{type: ddim, eta: 0.5}"),)),
         "rate-quarter": ("rate 2.5e-4", ("train.learning_rate=2.5e-4",)),
         "rate-triple": ("rate 3e-3", ("train.learning_rate=3e-3",)),
-        "quarter-images": ("48 rollouts of 128 images, 16 prompts of 8",
+        "quarter-images": ("48 rollouts of 128 images, 16 prompts of 8, in batches of 32",
                            ("online.prompts_per_rollout=16", "online.group_size=8", "train.max_steps=192",
                             "train.per_device_train_batch_size=32", rollout(batch_size="32"))),
         "one-update": ("1 update a rollout", ("online.updates=1", "train.max_steps=12", "train.warmup_steps=3")),
