@@ -326,8 +326,9 @@ A KL of 0.1 holds the model back, and stopping early gains nothing where nothing
 the base, with both seeds. Stopping where the second judge was happiest, the KL and win rates each keep about 0.5 on \
 prompts that were not looked at; the second judge in the reward keeps 0.74, and still less than at a third of the rate.""",
     "direct": """Differentiated through the last two steps it goes faster and costs hardly any variety. At five times the \
-rate it is at its best after 160 steps and then loses a seventh of that while its reward stays where it is; stopped \
-there it is the best of all runs with this reward but those with the second judge. One seed each.""",
+rate one of two seeds is at its best after 160 steps and then loses a seventh of that while its reward stays where it \
+is; stopped there it is the best of all runs with this reward but those with the second judge. The other seed falls by \
+no more than looks differ.""",
 }
 ROWS_OF_FIGURE = {"hacking": "GRPO, rate 1e-3", "pushed": "GRPO, rate 3e-3", "direct": "DRaFT"}
 LOOKED = """Looks while training, at 256 images of 128 prompts: what was paid for, what the judge saw, and the step at \
