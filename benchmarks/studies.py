@@ -322,9 +322,10 @@ HACKING_SAYS = {
 looks no fall is larger than what two seeds, or two sets of prompts, differ by. The second judge beside it, each \
 normalised in its group, is worth a little more, which two seeds just show; win rates are worth no more than the values. \
 A KL of 0.1 holds the model back, and stopping early gains nothing where nothing is lost (one seed each).""",
-    "pushed": """CLIP is paid nearly as much, 0.88 to 0.91, and exact goes from 0.31 to 0.54 and down to 0.22 and 0.16, below \
-the base, with both seeds. Stopping where the second judge was happiest, the KL and win rates each keep about 0.5 on \
-prompts that were not looked at; the second judge in the reward keeps 0.74, and still less than at a third of the rate.""",
+    "pushed": """CLIP is paid nearly as much, 0.88 to 0.91, and exact goes from 0.31 to 0.54 and down to 0.22 and 0.16, \
+below the base, with both seeds. On prompts that were not looked at, stopping where the second judge was happiest keeps \
+0.57 (both seeds), a KL of 0.1 0.50, win rates 0.47, and the second judge in the reward 0.74 (one seed each), which is \
+still less than at a third of the rate.""",
     "direct": """Differentiated through the last two steps it goes faster and costs hardly any variety. At five times the \
 rate one of two seeds is at its best after 160 steps and then loses a seventh of that while its reward stays where it \
 is; stopped there it is the best of all runs with this reward but those with the second judge. The other seed falls by \
