@@ -89,7 +89,6 @@ SAFEGUARDS = {
     "clip-win-rate": ("its win rate in the group in place of its value", (CLIP, "online.advantages.shaping=win_rate")),
     "clip-ensemble": ("with the second judge, each normalised in its group", (BOTH, "online.advantages.aggregate=gdpo")),
     "clip-early-stop": (f"the learned CLIP alone, {STOPPED}", (CLIP, *STOP)),
-    "judge": ("the exact judge's reward, for comparison", ()),
 }
 HACKING = Study(
     "GRPO of the learned CLIP's reward, 40 rollouts of 512 images, as the worked example has it",
@@ -221,16 +220,8 @@ def hacking_table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         ends = [f"{first[f'watch/{k}']:.3f} to {last[f'watch/{k}']:.3f}" for k in ("reward", "cleanliness", "diversity")]
         spoke = ", ".join(f"{k} ({step})" for k, step in alarms(looks).items())
         at = [f"{x['watch/exact']:.3f} ({x['step']})" for x in (gold, stopped)]
-        cells = [
-            name,
-            str(r["seed"]),
-            ends[0],
-            f"{first['watch/exact']:.3f}",
-            *at,
-            f"{last['watch/exact']:.3f}",
-            *ends[1:],
-            spoke,
-        ]
+        cells = [name, str(r["seed"]), ends[0], f"{first['watch/exact']:.3f}", *at]
+        cells += [f"{last['watch/exact']:.3f}", *ends[1:], spoke]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from diffalign.errors import ConfigError
-from diffalign.spec import Spec
+from diffalign.spec import Spec, read_with
 
 # --- rewards of one group against each other -------------------------------------------------------------------------
 
@@ -184,9 +184,7 @@ class Advantages(Spec):
             raise ValueError("shaping: hinge and target belong together: set both or none")
         if self.aggregate == "gdpo" and self.baseline == "running":
             raise ValueError("aggregate: gdpo normalises in groups, baseline: running over time: choose one")
-        for key in ("buffer_size", "min_count"):  # by value: a resolved configuration names every key
-            if self.baseline != "running" and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key} is read with baseline: running alone: set that, or drop {key}")
+        read_with(self, "baseline", "running", "buffer_size", "min_count")
         if self.min_count > self.buffer_size:
             raise ValueError(f"min_count ({self.min_count}) is above buffer_size ({self.buffer_size}): it is never reached")
         return self

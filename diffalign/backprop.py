@@ -65,10 +65,9 @@ class Chain:
         """
         check_rule(model, settings.rule, settings.guidance_scale, [item.prompt for item in items])
         draws = generators(items, epoch_seed(seed, step))
-        timesteps, grid = model.grid(settings.num_inference_steps)
-        with torch.autocast(timesteps.device.type, enabled=False):  # as people will sample
-            cond, negative = conditions(model, items, settings)
-        return cls(model, settings, cond, negative, draws, timesteps, grid, bare)
+        return cls(
+            model, settings, *conditions(model, items, settings), draws, *model.grid(settings.num_inference_steps), bare
+        )
 
     @property
     def steps(self) -> int:

@@ -86,11 +86,8 @@ def consistent(c: TrainConfig) -> None:
         )
     if online.group_size < 2 and (total.data in ("pairs", "groups") or online.advantages.baseline != "running"):
         raise ValueError("online.group_size 1 leaves nothing to compare: raise it, or set online.advantages.baseline=running")
-    if total.data == "steps" and online.blocks % online.updates:
-        raise ValueError(
-            f"online: {online.blocks} x {online.rollout.batch_size} images of a rollout cannot be shared evenly by "
-            f"{online.updates} updates: change online.prompts_per_rollout, online.rollout.batch_size or online.updates"
-        )
+    if said := uneven(online, total.data):
+        raise ValueError(said)
     if total.data in ("pairs", "groups") and online.rollout.batch_size % online.group_size:
         raise ValueError(f"{names} needs whole groups: make online.rollout.batch_size a multiple of online.group_size")
     if total.data in ("pairs", "groups") and online.advantages.keep is not None:
@@ -134,6 +131,17 @@ def consistent(c: TrainConfig) -> None:
             )
         if online.repeats > 1 or c.timesteps != Uniform():
             raise ValueError(f"repeats and timesteps re-noise images, but {names} learns from the steps themselves: drop them")
+
+
+def uneven(online: Online, data: Data, world: int = 1) -> str | None:
+    """What is wrong where processes and updates cannot have alike of a rollout's blocks."""
+    if online.blocks % world == 0 and (data != "steps" or online.blocks // world % online.updates == 0):
+        return None
+    return (
+        f"online: {online.blocks} x {online.rollout.batch_size} images of a rollout cannot be shared evenly by "
+        f"{online.updates} updates on {world} process{'es' if world > 1 else ''}: change online.prompts_per_rollout, "
+        "online.rollout.batch_size or online.updates"
+    )
 
 
 def replays(c: TrainConfig) -> bool:
@@ -246,12 +254,8 @@ def online_feed(
     spec, s, acc, model = config.online, config.train, state.accelerator, state.model
     assert spec is not None
     total, world = config.total, acc.num_processes
-    if spec.blocks % world or (total.data == "steps" and spec.blocks // world % spec.updates):
-        raise ConfigError(
-            f"online: {spec.blocks} x {spec.rollout.batch_size} images of a rollout cannot be shared evenly by {spec.updates} "
-            f"updates on {world} process{'es' if world > 1 else ''}",
-            hint="change online.prompts_per_rollout, online.rollout.batch_size or online.updates",
-        )
+    if said := uneven(spec, total.data, world):
+        raise ConfigError(said)
     prompts = own_prompts(config, spec, asked, "online", given.prompts)
     steps = check(model, spec.rollout, prompts)
     if replays(config) and steps == 0:

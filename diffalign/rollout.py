@@ -208,12 +208,15 @@ def evaluations(model: Model, items: Sequence[Item], settings: RolloutSettings, 
 
 
 def conditions(model: Model, items: Sequence[Item], settings: Guided) -> tuple[Cond, Cond | None]:
-    """The encoded prompts of some items and what guidance starts from, for :func:`rollout` and :func:`replay` alike."""
-    cond = encode_once(model, [item.prompt.text for item in items])
+    """The encoded prompts of some items and what guidance starts from, for :func:`rollout` and :func:`replay` alike: in full
+    precision, as they are sampled, whatever the training around it has.
+    """
     negatives = [item.prompt.negative or None for item in items]
-    if settings.guidance_scale == 1 or not (model.takes_negative or any(negatives)):
-        return cond, None
-    return cond, encode_once(model, negatives)
+    with torch.autocast(next(model.net.parameters()).device.type, enabled=False):
+        cond = encode_once(model, [item.prompt.text for item in items])
+        if settings.guidance_scale == 1 or not (model.takes_negative or any(negatives)):
+            return cond, None
+        return cond, encode_once(model, negatives)
 
 
 @torch.no_grad()

@@ -41,6 +41,17 @@ class Spec(BaseModel):
     )
 
 
+def read_with(spec: Spec, setting: str, reader: str, *keys: str) -> None:
+    """Refuse ``keys`` of a section that are set where only ``setting: reader`` reads them.
+
+    Raises:
+        ValueError: one is, by its value: a resolved configuration names every key.
+    """
+    for key in keys:
+        if getattr(spec, setting) != reader and getattr(spec, key) != type(spec).model_fields[key].default:
+            raise ValueError(f"{key} is read with {setting}: {reader} alone: set that, or drop {key}")
+
+
 S = TypeVar("S", bound=Spec)
 
 

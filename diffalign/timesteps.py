@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffalign.errors import ConfigError
 from diffalign.path import Coeffs, Kind, error_weight
-from diffalign.spec import Choice, Spec
+from diffalign.spec import Choice, Spec, read_with
 
 NOISE_ALONE = 1e-6
 """An SNR below this is that of a schedule that ends at 0: diffusers writes alpha^2 = 2^-24 for it, and flows end there too."""
@@ -33,9 +33,8 @@ class TimestepPolicy(Spec):
 
     @model_validator(mode="after")
     def _read(self) -> Self:
-        for key, reader in (("gamma", "min_snr"), ("bias", "sigmoid")):
-            if self.weighting != reader and getattr(self, key) != TimestepPolicy.model_fields[key].default:
-                raise ValueError(f"{key} is of weighting: {reader}, but weighting is {self.weighting}: drop {key}")
+        read_with(self, "weighting", "min_snr", "gamma")
+        read_with(self, "weighting", "sigmoid", "bias")
         return self
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:

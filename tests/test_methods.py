@@ -571,9 +571,13 @@ def test_protection_is_part_of_the_sum() -> None:
         (
             {"type": "sigmoid"},
             ["timesteps.type=uniform", "timesteps.gamma=3"],
-            "gamma is of weighting: min_snr, but weighting is",
+            "gamma is read with weighting: min_snr alone",
         ),
-        ({"type": "sigmoid"}, ["timesteps={type: uniform, weighting: min_snr, bias: 1}"], "bias is of weighting: sigmoid"),
+        (
+            {"type": "sigmoid"},
+            ["timesteps={type: uniform, weighting: min_snr, bias: 1}"],
+            "bias is read with weighting: sigmoid alone",
+        ),
         ({"type": "aot"}, ["train.per_device_train_batch_size=1"], "of one pair it is sigmoid"),
         (
             {"type": "sigmoid"},

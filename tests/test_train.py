@@ -347,7 +347,7 @@ def scaled(tiny: Path) -> TrainState:
     return TrainState(build_model(ModelSpec(path=str(tiny), lora=LoRA(rank=4))), acc, TrainSettings(max_steps=100))
 
 
-def test_processes_wait_for_an_evaluation(tiny: Path) -> None:
+def test_processes_wait_for_an_evaluation() -> None:
     """Of hours, on one process alone; the backends give up after 10 and 30 minutes."""
     assert make_accelerator().init_handler.timeout.total_seconds() >= 6 * 3600
 

@@ -57,8 +57,6 @@ class Collector:
         """Past rewards of each prompt."""
         self.standards: dict[str, list[list[float]]] = {}
         """Rewards of the reference's own samples of each prompt: name by name."""
-        self.before: str | None = None
-        """What the images that a checkpoint brought were made from."""
         self.unpaid = 0
         """Denoiser passes of the last rollout that no terms have been charged with yet."""
 
@@ -88,15 +86,14 @@ class Collector:
         """Back to what :meth:`state` gave."""
         self.epoch, self.picked, self.rewards.calls = state["epoch"], state["picked"], state["calls"]
         self.history, self.standards, self.unpaid = state["history"], state["standards"], state.get("unpaid", 0)
-        self.before = state.get("made_from")
 
-    def blocks(self, saved: Sequence[dict[str, Any]]) -> list[Block]:
-        """Blocks of the last epoch that was begun, from their states.
+    def blocks(self, saved: Sequence[dict[str, Any]], made_from: str | None = None) -> list[Block]:
+        """Blocks of the last epoch that was begun, from their states and :meth:`state`'s word of what they were made from.
 
         Raises:
             ValueError: they were made for other prompts, or by other settings.
         """
-        if saved and self.before not in (None, self._made_from()):
+        if saved and made_from not in (None, self._made_from()):
             raise ValueError(
                 "images of a rollout are left that were made for other prompts, or with another online.rollout or number of "
                 "updates"

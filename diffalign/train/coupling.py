@@ -13,7 +13,7 @@ from diffalign.errors import DataError
 from diffalign.models import Cond, Model
 from diffalign.path import Coeffs, split
 from diffalign.sampling import item_seed
-from diffalign.spec import Spec
+from diffalign.spec import Spec, read_with
 from diffalign.timesteps import TimestepPolicy
 
 
@@ -44,13 +44,9 @@ class Coupling(Spec):
     def _possible(self) -> Self:
         if self.noise == "replay" and (self.draws > 1 or self.captions == "own"):
             raise ValueError("noise: replay takes one draw and the winner's caption: drop draws and captions")
-        for key, noise in READ_BY.items():  # by value: a resolved configuration names every key
-            if self.noise != noise and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key} is read with noise: {noise} alone: set that, or drop {key}")
+        read_with(self, "noise", "inverted", "inversion_steps", "renoise")
+        read_with(self, "noise", "replay", "replay_steps", "replay_every")
         return self
-
-
-READ_BY = {"inversion_steps": "inverted", "renoise": "inverted", "replay_steps": "replay", "replay_every": "replay"}
 
 
 def draw(

@@ -74,7 +74,7 @@ class OnlineFeed:
     def restore(self, state: dict[str, Any]) -> None:
         """Back to what :meth:`state` gave."""
         self.collector.restore(state)
-        self.blocks = self.collector.blocks(state["blocks"])
+        self.blocks = self.collector.blocks(state["blocks"], state.get("made_from"))
 
     def totals(self) -> dict[str, Any]:
         """What was spent beside denoiser passes."""
@@ -229,7 +229,6 @@ class OnlineFeed:
     def _read(self, block: Block, rows: list[int]) -> tuple[Cond, Cond | None]:
         """The block's prompts, encoded as when it was sampled: all together, once for all its steps, in full precision."""
         if self._encoded[0] is not block or self.model.trains_texts:
-            with torch.autocast(block.paths.x0.device.type, enabled=False):
-                self._encoded = (block, *conditions(self.model, block.items, self.spec.rollout))
+            self._encoded = (block, *conditions(self.model, block.items, self.spec.rollout))
         _, cond, negative = self._encoded
         return cond[rows], None if negative is None else negative[rows]

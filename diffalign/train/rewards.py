@@ -16,7 +16,7 @@ from diffalign.data.images import to_pil, to_uint8
 from diffalign.errors import ConfigError, DiffalignError
 from diffalign.scorers import Callback, Card, ScoreInput, Scorer
 from diffalign.scorers.base import isolated
-from diffalign.spec import Spec
+from diffalign.spec import Spec, read_with
 
 
 class RewardSpec(Spec):
@@ -44,9 +44,7 @@ class RewardSpec(Spec):
     def _apart(self) -> Self:
         if self.confidence in self.weights:
             raise ValueError(f"confidence: {self.confidence} is among the weights: a value is a reward or a confidence")
-        for key in ("retries", "wait_seconds"):  # by value: a resolved configuration names every key
-            if self.on_error != "retry" and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key} is read with on_error: retry alone: set that, or drop {key}")
+        read_with(self, "on_error", "retry", "retries", "wait_seconds")
         return self
 
 
